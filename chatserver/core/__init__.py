@@ -1,0 +1,1 @@
+"""Decides and touches nothing: time, ids and randomness arrive as arguments."""

@@ -1,0 +1,1 @@
+"""Speaks to clients: sockets, connections, fan-out. Does I/O and decides nothing."""

@@ -1,0 +1,1 @@
+"""Speaks to Redis and to key material."""
