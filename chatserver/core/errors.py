@@ -38,8 +38,8 @@ MESSAGES: dict[ReplyCode, str] = {
     ReplyCode.TOKEN_INVALID: "The token is not valid; get a new one.",
     ReplyCode.TOKEN_EXPIRED: "The token has expired; get a new one and refresh.",
     ReplyCode.TOKEN_REVOKED: "The token was revoked; log in again.",
-    ReplyCode.IDENTITY_MISMATCH: "The token is another user's, another session's or an older one.",
-    ReplyCode.UNAVAILABLE: "The outcome is unknown or nothing was stored; repeat with the same key.",
+    ReplyCode.IDENTITY_MISMATCH: "The token is of another user or session, or an older one.",
+    ReplyCode.UNAVAILABLE: "The outcome is unknown or nothing was stored; repeat it, same key.",
     ReplyCode.INTERNAL: "The server failed to carry this out.",
 }
 
@@ -76,6 +76,7 @@ class Disconnect:
 DRAINING = Disconnect(1012, "draining")
 OVERLOADED = Disconnect(1013, "overloaded")
 SERVER_ERROR = Disconnect(1011, "server error")
+NOT_TEXT = Disconnect(1007, "text that is not UTF-8")
 MESSAGE_TOO_BIG = Disconnect(1009, "message too big")
 TOKEN_EXPIRED = Disconnect(4401, "token_expired")
 NO_PONG = Disconnect(4408, "no_pong")

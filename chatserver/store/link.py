@@ -1,1 +1,387 @@
-"""placeholder"""
+"""Connections to Redis: lanes for commands, subscriptions for pub/sub. The only import of redis.
+
+A *lane* is one connection with group commit: commands queue up while a pipeline is under way and
+go out together as the next one. Idle, that costs one round trip; under load, a fraction of one.
+Nothing is ever retried here: a script whose answer was lost may have run, and only its caller
+knows whether it can be repeated (with a key). So every failure is ``StoreUnavailable``.
+
+A *subscription* is one connection that listens. Redis forgets who listened when a connection
+ends, so it subscribes again by itself and confirms each channel anew: what was said in between
+is lost, and the owner reads the log.
+
+redis-py's client would retry an outage into a hang of seconds, and its pool would hide on which
+connection a script is known, so this uses its connections and nothing above them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from typing import Any, NamedTuple, Self
+
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from chatserver import telemetry
+from chatserver.core.errors import StoreUnavailable
+
+ROUND_TRIP_SECONDS = 0.5
+"""A pipeline's deadline. A second one may have to fail before a waiting command is answered,
+and protocol.md promises ``unavailable`` within a second."""
+LANE_COMMANDS = 20_000
+"""A lane's bound; a command beyond it is unavailable at once."""
+RETRY_SECONDS = (0.05, 1.0)
+"""Reconnecting: the first wait and the longest."""
+DEAF_SECONDS = 3.0
+"""A subscription that hears not even a pong for so long is connected anew."""
+
+Argument = bytes | str | int | float
+Reply = Any
+"""What redis-py makes of a RESP2 reply: bytes, int, None, lists of these."""
+Done = Callable[[Reply | StoreUnavailable], None]
+
+log = telemetry.logger(__name__)
+
+
+class Script:
+    """A Lua file of ``store/lua``, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.source = (resources.files("chatserver.store") / "lua" / f"{name}.lua").read_bytes()
+        self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
+
+    def command(self, keys: Sequence[Argument], arguments: Iterable[Argument]) -> list[Argument]:
+        return ["EVALSHA", self.sha, len(keys), *keys, *arguments]
+
+
+PUBLISH = Script("publish")
+READ = Script("read")
+REVOKE = Script("revoke")
+POLL = Script("poll")
+SCRIPTS = (PUBLISH, READ, REVOKE, POLL)
+
+
+class _Request(NamedTuple):
+    command: list[Argument]
+    done: Done
+    wanted: Callable[[], bool] | None
+
+
+class Lane:
+    """One connection for commands. ``run`` must be a task while it is used."""
+
+    def __init__(self, pool: ConnectionPool, *, batch: int) -> None:
+        self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
+        self._batch = batch
+        self._queue: deque[_Request] = deque()
+        self._filled = asyncio.Event()
+        self._down = False
+
+    def submit(
+        self,
+        command: list[Argument],
+        done: Done,
+        wanted: Callable[[], bool] | None = None,
+    ) -> None:
+        """Queue a command. ``done`` is called once, later, with the reply or StoreUnavailable.
+
+        Commands go out in the order submitted. One whose ``wanted`` says no by then is dropped,
+        and its ``done`` never called.
+        """
+        if self._down or len(self._queue) >= LANE_COMMANDS:
+            asyncio.get_running_loop().call_soon(done, StoreUnavailable("the store is away"))
+            return
+        self._queue.append(_Request(command, done, wanted))
+        self._filled.set()
+
+    async def call(self, command: list[Argument]) -> Reply:
+        """As ``submit``, waiting for the reply. Raises StoreUnavailable."""
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        def done(reply: Reply | StoreUnavailable) -> None:
+            if future.done():
+                return
+            if isinstance(reply, StoreUnavailable):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
+
+        self.submit(command, done)
+        return await future
+
+    async def run(self) -> None:
+        """Carry out what is queued, until cancelled."""
+        try:
+            while True:
+                await self._filled.wait()
+                self._filled.clear()
+                while batch := self._take():
+                    await self._commit(batch)
+        finally:
+            self._fail(self._queue, "the server is stopping")
+            self._queue.clear()
+            await self._connection.disconnect(nowait=True)
+
+    def _take(self) -> list[_Request]:
+        batch: list[_Request] = []
+        while self._queue and len(batch) < self._batch:
+            request = self._queue.popleft()
+            if request.wanted is None or request.wanted():
+                batch.append(request)
+        return batch
+
+    async def _commit(self, batch: list[_Request]) -> None:
+        """One pipeline: write all, read all."""
+        answered = 0
+        try:
+            async with asyncio.timeout(ROUND_TRIP_SECONDS):
+                if not self._connection.is_connected:
+                    await _connect(self._connection)
+                packed = self._connection.pack_commands(request.command for request in batch)
+                await self._connection.send_packed_command(packed, check_health=False)
+                for request in batch:
+                    reply = await self._read_reply()
+                    answered += 1
+                    request.done(reply)
+        except (RedisError, OSError, TimeoutError) as error:
+            await self._lose(batch[answered:], error)
+
+    async def _read_reply(self) -> Reply | StoreUnavailable:
+        try:
+            return await self._connection.read_response(disable_decoding=True)
+        except NoScriptError:
+            # Someone flushed the scripts: a new connection loads them again.
+            raise
+        except ResponseError as error:  # OOM, READONLY, LOADING, MISCONF and their kind
+            return StoreUnavailable(str(error))
+
+    async def _lose(self, unanswered: list[_Request], error: Exception) -> None:
+        reason = str(error) or type(error).__name__
+        await self._connection.disconnect(nowait=True)
+        self._fail(unanswered, reason)
+        if isinstance(error, NoScriptError):
+            return
+        await self._reconnect(reason)
+
+    async def _reconnect(self, reason: str) -> None:
+        """Until it succeeds, commands are refused at once rather than kept waiting."""
+        wait, longest = RETRY_SECONDS
+        first = True
+        while True:
+            try:
+                async with asyncio.timeout(ROUND_TRIP_SECONDS):
+                    await _connect(self._connection)
+            except (RedisError, OSError, TimeoutError) as error:
+                if not self._down:
+                    log.warning("store is away", reason=reason)
+                self._down = True
+                reason = str(error) or type(error).__name__
+                self._fail(self._queue, reason)
+                self._queue.clear()
+            else:
+                if self._down:
+                    log.info("store is back")
+                self._down = False
+                return
+            await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # jitter: workers spread out
+            wait = wait if first else min(longest, wait * 2)
+            first = False
+
+    def _fail(self, requests: Iterable[_Request], reason: str) -> None:
+        for request in list(requests):
+            request.done(StoreUnavailable(reason))
+
+
+async def _connect(connection: AbstractConnection) -> None:
+    """Connect and load the scripts first: a NOSCRIPT amid a pipeline would reorder a sender."""
+    await connection.disconnect(nowait=True)
+    await connection.connect()  # type: ignore[no-untyped-call]
+    for script in SCRIPTS:
+        await connection.send_command("SCRIPT", "LOAD", script.source, check_health=False)
+        await connection.read_response(disable_decoding=True)
+
+
+class Subscription:
+    """One connection that listens on channels. ``run`` must be a task while it is used.
+
+    ``on_message(channel, payload)`` for each message; ``on_confirmed(channel)`` when the store
+    has confirmed a channel, again after every reconnect.
+    """
+
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        *,
+        on_message: Callable[[str, bytes], None],
+        on_confirmed: Callable[[str], None],
+    ) -> None:
+        self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
+        self._on_message = on_message
+        self._on_confirmed = on_confirmed
+        self._channels: set[str] = set()
+        self._unsent: dict[str, bool] = {}
+        """Channels to subscribe (True) or unsubscribe (False) with the next write."""
+        self._unconfirmed: dict[str, int] = {}
+        self._changed = asyncio.Event()
+        self._heard_at = 0.0
+
+    def subscribe(self, channel: str) -> None:
+        self._channels.add(channel)
+        self._unsent[channel] = True
+        self._changed.set()
+
+    def unsubscribe(self, channel: str) -> None:
+        self._channels.discard(channel)
+        self._unsent[channel] = False
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Listen until cancelled, connecting anew whenever the connection is lost or deaf."""
+        wait, longest = RETRY_SECONDS
+        try:
+            while True:
+                try:
+                    await self._listen()
+                except* (RedisError, OSError, TimeoutError):
+                    connected = self._heard_at > 0
+                    wait = RETRY_SECONDS[0] if connected else min(longest, wait * 2)
+                await self._connection.disconnect(nowait=True)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+        finally:
+            await self._connection.disconnect(nowait=True)
+
+    async def _listen(self) -> None:
+        self._heard_at = 0.0
+        async with asyncio.timeout(ROUND_TRIP_SECONDS):
+            await self._connection.connect()  # type: ignore[no-untyped-call]
+        self._heard_at = asyncio.get_running_loop().time()
+        self._unconfirmed.clear()
+        self._unsent = dict.fromkeys(self._channels, True)
+        self._changed.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._write())
+            tasks.create_task(self._read())
+
+    async def _write(self) -> None:
+        """Send what changed; ping once a second, for redis-py can go deaf without an error."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._changed.wait()
+            except TimeoutError:
+                if loop.time() - self._heard_at > DEAF_SECONDS:
+                    raise
+                await self._send("PING")
+            self._changed.clear()
+            changes, self._unsent = self._unsent, {}
+            fresh = [channel for channel, wanted in changes.items() if wanted]
+            stale = [channel for channel, wanted in changes.items() if not wanted]
+            for channel in fresh:
+                self._unconfirmed[channel] = self._unconfirmed.get(channel, 0) + 1
+            if fresh:
+                await self._send("SUBSCRIBE", *fresh)
+            if stale:
+                await self._send("UNSUBSCRIBE", *stale)
+
+    async def _send(self, *command: Argument) -> None:
+        async with asyncio.timeout(ROUND_TRIP_SECONDS):
+            await self._connection.send_command(*command, check_health=False)
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            # A burst that is buffered already comes without a pause: let the loop have one.
+            for _ in range(256):
+                reply = await self._connection.read_response(
+                    disable_decoding=True, timeout=math.inf
+                )
+                self._receive(reply)
+            self._heard_at = loop.time()
+            await asyncio.sleep(0)
+
+    def _receive(self, reply: Reply) -> None:
+        match reply:
+            case [b"message", channel, payload]:
+                self._on_message(channel.decode(), payload)
+            case [b"subscribe", raw, _]:
+                self._confirm(raw.decode())
+            case _:  # b"unsubscribe" and b"pong"
+                self._heard_at = asyncio.get_running_loop().time()
+
+    def _confirm(self, channel: str) -> None:
+        # With an unsubscribe between two subscribes, only the last confirmation is the state.
+        left = self._unconfirmed.get(channel, 0) - 1
+        if left > 0:
+            self._unconfirmed[channel] = left
+            return
+        self._unconfirmed.pop(channel, None)
+        if channel in self._channels:
+            self._on_confirmed(channel)
+
+
+class Store:
+    """A Redis by its URL (``redis://``, ``rediss://``, ``unix://``): makes lanes, subscriptions.
+
+    As an async context manager, for a command line: connects, or raises StoreUnavailable; then
+    ``call`` works on a lane of its own.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._pool = ConnectionPool.from_url(
+            url,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=None,  # the lane's own deadline covers the whole pipeline
+            socket_connect_timeout=ROUND_TRIP_SECONDS,
+            health_check_interval=0,
+        )
+
+    def lane(self, batch: int = 256) -> Lane:
+        return Lane(self._pool, batch=batch)
+
+    def subscription(
+        self,
+        on_message: Callable[[str, bytes], None],
+        on_confirmed: Callable[[str], None] = lambda channel: None,
+    ) -> Subscription:
+        return Subscription(self._pool, on_message=on_message, on_confirmed=on_confirmed)
+
+    async def __aenter__(self) -> Self:
+        self._own = self.lane()
+        self._task = asyncio.create_task(self._own.run())
+        try:
+            await self.call(["PING"])
+        except StoreUnavailable:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def call(self, command: list[Argument]) -> Reply:
+        return await self._own.call(command)
+
+    async def describe(self) -> dict[str, str]:
+        """The store's ``version``, and its ``policy`` when memory runs out."""
+        info = _fields(await self.call(["INFO", "server"]))
+        version = info.get("valkey_version") or info.get("redis_version", "unknown")
+        policy = _fields(await self.call(["INFO", "memory"])).get("maxmemory_policy", "unknown")
+        return {"version": version, "policy": policy}
+
+
+def _fields(info: bytes) -> dict[str, str]:
+    """An INFO reply's ``name:value`` lines."""
+    lines = info.decode().splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)

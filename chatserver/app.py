@@ -1,0 +1,200 @@
+"""One worker: builds every object once, then starts, serves, drains, stops.
+
+socket ─▶ Listener ─▶ Connection ─▶ Hub ─▶ ChatProtocol (core)
+                                     │         │ effects
+                                     ▼         ▼
+                        Fanout ◀── RoomLog, Mirror ◀── Lane, Subscription ◀─▶ Redis
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable
+
+import uvloop
+
+from chatserver import telemetry
+from chatserver.core.flow import Limits
+from chatserver.core.handshake import Policy
+from chatserver.net.hub import Hub
+from chatserver.net.listener import Listener
+from chatserver.settings import Settings
+from chatserver.store.keyring import Keyring
+from chatserver.store.link import Store
+from chatserver.store.log import RoomLog
+from chatserver.store.sessions import CHANNEL, Mirror
+
+EXIT_OK = 0
+EXIT_STORE = 69
+START_SECONDS = 10.0
+"""How long the store may take to answer at the start."""
+DESCRIPTORS_KEPT = 200
+"""Of the descriptor limit, for everything that is no client."""
+TICK_SECONDS = 0.25
+REPORT_SECONDS = 10.0
+
+log = telemetry.logger(__name__)
+
+
+def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
+    """Serve on a bound socket until SIGTERM. Returns the exit code.
+
+    ``ready`` is called once, when clients are accepted.
+    """
+    return uvloop.run(Worker(settings).serve(sock, ready))
+
+
+class Worker:
+    """Everything one process holds."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        assert settings.secret is not None
+        assert settings.redis_url is not None
+        previous = settings.secret_previous
+        keyring = Keyring(
+            settings.secret.get_secret_value().encode(),
+            previous=previous.get_secret_value().encode() if previous else None,
+            issuer=settings.issuer,
+            audience=settings.audience,
+            token_bytes=settings.token_bytes,
+        )
+        store = Store(settings.redis_url.get_secret_value())
+        publishes, reads, polls = store.lane(), store.lane(batch=64), store.lane()
+        room_log = RoomLog(
+            publishes,
+            reads,
+            history=settings.history,
+            history_seconds=settings.history_seconds,
+            key_window=settings.key_window,
+        )
+        self._hub = Hub(
+            keyring=keyring,
+            room_log=room_log,
+            limits=limits_of(settings),
+            ping_timeout=settings.ping_timeout,
+            slow_seconds=settings.slow_seconds,
+            user_connections=settings.user_connections,
+        )
+        fanout = self._hub.fanout
+        rooms = store.subscription(fanout.receive_live, fanout.confirm)
+        fanout.attach(rooms)
+        self._mirror = Mirror(polls, self._hub.revoke)
+        self._hub.attach(self._mirror)
+        # Of its own, so that no burst of messages delays a revocation.
+        revocations = store.subscription(
+            lambda channel, payload: self._mirror.wake(), lambda channel: self._mirror.wake()
+        )
+        revocations.subscribe(CHANNEL)
+        self._listener = Listener(
+            self._hub,
+            policy_of(settings),
+            frame_bytes=settings.frame_bytes,
+            handshake_rate=settings.handshake_rate,
+            handshake_seconds=settings.handshake_seconds,
+            connections=settings.connections or _descriptors() - DESCRIPTORS_KEPT,
+        )
+        self._running = [
+            publishes.run,
+            reads.run,
+            polls.run,
+            rooms.run,
+            revocations.run,
+            self._mirror.run,
+            self._hub.wheel.run,
+            self._tick,
+        ]
+        self._stopping = asyncio.Event()
+
+    async def serve(self, sock: socket.socket, ready: Callable[[], None]) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(run()) for run in self._running]
+            try:
+                return await self._serve(sock, ready)
+            finally:
+                for task in running:
+                    task.cancel()
+
+    async def _serve(self, sock: socket.socket, ready: Callable[[], None]) -> int:
+        if not await self._current():
+            log.error("the store cannot be reached")
+            return EXIT_STORE
+        # What is alive now stays: it need not be looked at in every collection.
+        gc.collect()
+        gc.freeze()
+        await self._listener.start(sock, tls_of(self._settings))
+        ready()
+        await self._stopping.wait()
+        log.info("draining", connections=len(self._hub))
+        self._listener.stop()
+        await self._hub.drain(self._settings.drain_seconds)
+        log.info("stopped")
+        return EXIT_OK
+
+    async def _current(self) -> bool:
+        """Wait until revocations are known; without them nobody could be let in."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self._mirror.fresh():
+            if time.monotonic() > deadline or self._stopping.is_set():
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    async def _tick(self) -> None:
+        reported_at = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._hub.fanout.tick()
+            if time.monotonic() - reported_at > REPORT_SECONDS:
+                reported_at = time.monotonic()
+                self._listener.report()
+
+
+def limits_of(settings: Settings) -> Limits:
+    return Limits(
+        frame_bytes=settings.frame_bytes,
+        rooms=settings.rooms,
+        send_rate=settings.send_rate,
+        send_burst=settings.send_burst,
+        command_rate=settings.command_rate,
+        command_burst=settings.command_burst,
+        key_window=settings.key_window,
+        history=settings.history,
+        replay=settings.replay,
+        ping_interval=settings.ping_interval,
+    )
+
+
+def policy_of(settings: Settings) -> Policy:
+    # In development, pages from this machine may connect unless the origins are named.
+    anyone_local = not settings.production and not settings.allowed_origins
+    return Policy(
+        origins=None if anyone_local else frozenset(settings.allowed_origins),
+        https_required=settings.production,
+        trusted_proxies=settings.trusted_proxies,
+    )
+
+
+def tls_of(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(settings.tls_certfile, settings.tls_keyfile)
+    return context
+
+
+def _descriptors() -> int:
+    """The process's descriptor limit, raised as far as it may be."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

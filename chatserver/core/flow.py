@@ -1,0 +1,79 @@
+"""Flow: how much a connection may ask for, and when patience ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one connection may do. Rates per second, times in seconds, sizes in bytes."""
+
+    frame_bytes: int = 65536
+    rooms: int = 256
+    send_rate: float = 10.0
+    send_burst: int = 20
+    command_rate: float = 50.0
+    command_burst: int = 320
+    key_window: float = 600.0
+    history: int = 1000
+    replay: int = 1000
+    ping_interval: float = 25.0
+
+
+class Budget:
+    """A token bucket: ``burst`` at once, ``rate`` per second after that."""
+
+    __slots__ = ("_at", "_burst", "_left", "_rate")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._left = burst
+        self._at = now
+
+    def spend(self, now: float) -> float:
+        """Take one. Returns 0.0, or the seconds until one is there (then nothing was taken)."""
+        # A clock that steps back must not take budget away.
+        elapsed = max(0.0, now - self._at)
+        self._at = now
+        self._left = min(self._burst, self._left + elapsed * self._rate)
+        if self._left >= 1.0:
+            self._left -= 1.0
+            return 0.0
+        return (1.0 - self._left) / self._rate
+
+
+class Verdict(Enum):
+    BEAR = auto()
+    DISCONNECT = auto()
+
+
+# A client that sends a thousand commands in one segment is clumsy and gets a thousand answers;
+# one that is refused all the time for five seconds, or twice as often, is a flood.
+FLOOD_SECONDS = 5.0
+FLOOD_REFUSALS = 100
+FLOOD_HARD = 2000
+FLOOD_PAUSE = 1.0
+
+
+class Patience:
+    """Judges a client that goes on although it is refused."""
+
+    __slots__ = ("_began", "_last", "_refused")
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._last = float("-inf")
+        self._refused = 0
+
+    def refused(self, now: float) -> Verdict:
+        """One more command was refused for its rate."""
+        if not 0.0 <= now - self._last <= FLOOD_PAUSE:
+            self._began = now
+            self._refused = 0
+        self._last = now
+        self._refused += 1
+        lasting = now - self._began >= FLOOD_SECONDS and self._refused >= FLOOD_REFUSALS
+        return Verdict.DISCONNECT if lasting or self._refused >= FLOOD_HARD else Verdict.BEAR

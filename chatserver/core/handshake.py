@@ -1,0 +1,188 @@
+"""One HTTP request: what it asks for, and whether it may.
+
+protocol.md section 1, in the order that gives nothing away: what is malformed, then where it
+comes from, and only then the token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+from chatserver.core import errors
+from chatserver.core.errors import Refusal
+
+SUBPROTOCOL = "chat.v1"
+_BEARER = "bearer."
+_TOKEN_NAMES = {"token", "access_token", "refresh_token", "bearer", "authorization", "auth", "jwt"}
+_LOOKS_LIKE_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*")
+_HOST = re.compile(r"[A-Za-z0-9._~-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
+_LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+
+Network = IPv4Network | IPv6Network
+
+
+class Request(NamedTuple):
+    """A parsed request line and headers; ``target`` with its query, names in any case."""
+
+    method: str
+    target: str
+    headers: Sequence[tuple[str, str]]
+    peer: str
+    """Address of the socket's other end."""
+    tls: bool
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.headers if key.lower() == name]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator allows. ``origins`` None: pages served from this machine itself."""
+
+    origins: frozenset[str] | None = None
+    https_required: bool = False
+    trusted_proxies: tuple[Network, ...] = field(default=())
+
+
+class Health(NamedTuple):
+    """GET /healthz, or with ``ready`` GET /readyz."""
+
+    ready: bool
+
+
+class Preflight(NamedTuple):
+    """A browser asks whether it may ask."""
+
+    origin: str
+
+
+class Attempt(NamedTuple):
+    """Somebody wants to connect, or asks why they could not."""
+
+    token: str
+    address: str
+    """The client's, for counting; the proxy's word for it if the proxy is trusted."""
+    origin: str | None
+    """Allowed already."""
+    upgrade: bool
+    subprotocol: str | None
+
+
+class Refused(NamedTuple):
+    refusal: Refusal
+    origin: str | None = None
+    """The page that may read the answer."""
+
+
+Judgement = Health | Preflight | Attempt | Refused
+
+
+def judge(request: Request, policy: Policy) -> Judgement:
+    """What to answer; an Attempt's token is still to be verified."""
+    path, _, query = request.target.partition("?")
+    if path not in ("/v1/ws", "/healthz", "/readyz"):
+        return Refused(errors.NOT_FOUND)
+    hosts = request.all("host")
+    if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+        return Refused(errors.BAD_REQUEST)
+    if path != "/v1/ws":
+        if request.method not in ("GET", "HEAD"):
+            return Refused(errors.METHOD_NOT_ALLOWED)
+        return Health(ready=path == "/readyz")
+    if not _secure(request, policy):
+        return Refused(errors.HTTPS_REQUIRED)
+    origins = request.all("origin")
+    if len(origins) > 1:
+        return Refused(errors.BAD_REQUEST)
+    origin = origins[0] if origins else None
+    if origin is not None and not _allowed(origin, policy):
+        return Refused(errors.ORIGIN_DENIED)
+    if request.method == "OPTIONS" and origin is not None:
+        return Preflight(origin)
+    if request.method != "GET":
+        return Refused(errors.METHOD_NOT_ALLOWED, origin)
+    return _credentials(request, policy, query, origin)
+
+
+def _credentials(
+    request: Request, policy: Policy, query: str, origin: str | None
+) -> Attempt | Refused:
+    if _holds_token(query):
+        return Refused(errors.TOKEN_IN_URL, origin)
+    offered = [
+        item.strip() for value in request.all("sec-websocket-protocol") for item in value.split(",")
+    ]
+    authorizations = request.all("authorization")
+    tokens = [item[len(_BEARER) :] for item in offered if item.startswith(_BEARER)]
+    if len(authorizations) + len(tokens) > 1:
+        return Refused(errors.AMBIGUOUS_CREDENTIALS, origin)
+    if offered and SUBPROTOCOL not in offered:
+        return Refused(errors.UNSUPPORTED_VERSION, origin)
+    if authorizations:
+        scheme, _, credential = authorizations[0].partition(" ")
+        tokens = [credential.strip(" ")] if scheme.lower() == "bearer" else []
+    if not any(tokens):
+        return Refused(errors.TOKEN_MISSING, origin)
+    return Attempt(
+        token=tokens[0],
+        address=client_address(request, policy),
+        origin=origin,
+        upgrade=bool(request.all("upgrade")),
+        subprotocol=SUBPROTOCOL if offered else None,
+    )
+
+
+def _holds_token(query: str) -> bool:
+    if not query:
+        return False
+    names = {name.lower() for name, _ in parse_qsl(query, keep_blank_values=True)}
+    return bool(names & _TOKEN_NAMES) or bool(_LOOKS_LIKE_TOKEN.search(query))
+
+
+def client_address(request: Request, policy: Policy) -> str:
+    """Who is behind the request: the nearest address that no trusted proxy owns.
+
+    Of an IPv6 address the /64, which is what one subscriber gets.
+    """
+    address = request.peer
+    hops = [hop.strip() for value in request.all("x-forwarded-for") for hop in value.split(",")]
+    while hops and _trusted(address, policy):
+        address = hops.pop()
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return request.peer
+    return str(ip_network((parsed, 64), strict=False)) if parsed.version == 6 else address
+
+
+def _secure(request: Request, policy: Policy) -> bool:
+    if _trusted(request.peer, policy):
+        said = [value.strip().lower() for value in request.all("x-forwarded-proto")]
+        return said == ["https"] or (not said and not policy.https_required)
+    return request.tls or not policy.https_required
+
+
+def _trusted(address: str, policy: Policy) -> bool:
+    if not policy.trusted_proxies:
+        return False
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in policy.trusted_proxies)
+
+
+def _allowed(origin: str, policy: Policy) -> bool:
+    if policy.origins is not None:
+        return origin in policy.origins
+    try:
+        parts = urlsplit(origin)
+        exact = f"{parts.scheme}://{parts.netloc}" == origin and not parts.username
+        return exact and parts.scheme in ("http", "https") and parts.hostname in _LOOPBACK_NAMES
+    except ValueError:
+        return False

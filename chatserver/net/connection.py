@@ -1,0 +1,358 @@
+"""One client's transport: bytes in and out, flow control, closing.
+
+An asyncio.Protocol around websockets' Sans-I/O ServerProtocol. It knows nothing of rooms and
+tokens: a request goes to the listener, a text message to the hub, and both tell it what to send.
+
+What goes out bypasses ServerProtocol: a server's frames are not masked, so one frame's bytes
+serve every receiver, and many frames go out in one write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Protocol, cast
+
+from websockets.exceptions import HeaderLineTooLong, RequestLineTooLong, TooManyHeaders
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import State as WebSocketState
+from websockets.server import ServerProtocol
+
+from chatserver.core import errors, frames
+from chatserver.core.errors import Disconnect
+from chatserver.net.http import refuse
+
+if TYPE_CHECKING:
+    from chatserver.core.protocol import ChatProtocol
+    from chatserver.net.fanout import Member
+
+WRITE_HIGH = 32_768
+"""Above this the connection is lagging; uvloop's own default is 64 KiB, under TLS 512 KiB."""
+_TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; Python names it from 3.12 on
+NOTSENT_LOWAT = 16_384
+"""Without it the kernel takes megabytes for a reader that has stopped before anyone notices."""
+WRITE_ABORT = 1_048_576
+"""Replies and pongs that nobody reads: beyond this there is nobody."""
+MAX_FRAGMENTS = 4096
+CLOSE_SECONDS = 2.0
+"""How long the peer has to answer a close frame."""
+SEVER_SECONDS = 0.25
+"""The same for a peer that must be gone: a revoked one could go on talking for that long."""
+
+PING = Frame(Opcode.PING, b"").serialize(mask=False)
+
+
+def text_frame(payload: bytes) -> bytes:
+    """A whole text message as a server sends it (RFC 6455 section 5.2), for any receiver."""
+    size = len(payload)
+    if size < 126:
+        return b"\x81%c" % size + payload
+    if size < 65_536:
+        return b"\x81\x7e" + size.to_bytes(2, "big") + payload
+    return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+
+
+class Phase(Enum):
+    HANDSHAKE = auto()
+    OPEN = auto()
+    CLOSING = auto()
+    """Our close frame is out, or the peer's is in: nothing is delivered or accepted any more."""
+    LOST = auto()
+
+
+class Owner(Protocol):
+    """Who is told what happens on a connection; the listener, on the hub's behalf."""
+
+    def connected(self, connection: Connection) -> None: ...
+    def requested(self, connection: Connection, request: Request) -> None: ...
+    def received(self, connection: Connection, message: bytes) -> None: ...
+    def violated(self, connection: Connection, why: Disconnect) -> None: ...
+    def stalled(self, connection: Connection) -> None: ...
+    def drained(self, connection: Connection) -> None: ...
+    def lost(self, connection: Connection) -> None: ...
+
+
+class _Silent:
+    """websockets' logger: a peer that goes away is not worth a line, let alone a traceback."""
+
+    @staticmethod
+    def isEnabledFor(level: int) -> bool:  # noqa: N802 (logging's name)
+        return False
+
+    @staticmethod
+    def _ignore(*args: object, **kwargs: object) -> None: ...
+
+    debug = info = warning = error = exception = critical = log = _ignore
+
+
+_SILENT = _Silent()
+
+
+class Connection(asyncio.Protocol):
+    """``id`` and ``chat`` are set once the handshake has succeeded."""
+
+    __slots__ = (
+        "__weakref__",
+        "_fragments",
+        "_owner",
+        "_text",
+        "_timer",
+        "_websocket",
+        "chat",
+        "congested",
+        "due_at",
+        "expires_at",
+        "id",
+        "lagging_since",
+        "memberships",
+        "openings",
+        "peer",
+        "phase",
+        "pinged",
+        "received_at",
+        "tls",
+        "transport",
+        "writing_paused",
+    )
+
+    transport: asyncio.Transport
+    chat: ChatProtocol
+
+    def __init__(self, owner: Owner, frame_bytes: int) -> None:
+        self._owner = owner
+        self._websocket = ServerProtocol(max_size=frame_bytes, logger=_SILENT)  # type: ignore[arg-type]
+        self._fragments: list[bytes] | None = None
+        self._text = True
+        self._timer: asyncio.TimerHandle | None = None
+        self.phase = Phase.HANDSHAKE
+        self.id = ""
+        self.peer = ""
+        self.tls = False
+        self.memberships: dict[str, Member] = {}
+        self.openings: set[str] | None = None
+        self.expires_at = 0.0
+        self.received_at = 0.0
+        self.due_at = 0.0
+        self.pinged = False
+        self.writing_paused = False
+        self.congested = False
+        self.lagging_since: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.id or 'new'} {self.phase.name}>"
+
+    # asyncio.Protocol.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH)
+        peer = transport.get_extra_info("peername")
+        self.peer = peer[0] if peer else ""
+        self.tls = transport.get_extra_info("ssl_object") is not None
+        raw = transport.get_extra_info("socket")
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        raw.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+        self._owner.connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.received_at = asyncio.get_running_loop().time()
+        websocket = self._websocket
+        try:
+            websocket.receive_data(data)
+        except EOFError:
+            return  # bytes after the end of the stream
+        events = websocket.events_received()
+        if self.phase is Phase.HANDSHAKE:
+            self._receive_handshake(events)
+            return
+        self._flush()
+        for event in events:
+            if self.phase is not Phase.OPEN:
+                break
+            self._receive(cast(Frame, event))
+        if self.phase is Phase.OPEN and websocket.state is not WebSocketState.OPEN:
+            self._end()
+
+    def eof_received(self) -> bool:
+        self._websocket.receive_eof()
+        return False  # the transport closes
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.phase = Phase.LOST
+        self.cancel_deadline()
+        self._owner.lost(self)
+
+    def pause_writing(self) -> None:
+        self.writing_paused = True
+        if self.phase is Phase.OPEN:
+            # Who does not read is not read from: replies and pongs stay bounded, too.
+            self.transport.pause_reading()
+            self._owner.stalled(self)
+
+    def resume_writing(self) -> None:
+        self.writing_paused = False
+        if self.phase is Phase.OPEN:
+            if not self.congested:
+                self.transport.resume_reading()
+            self._owner.drained(self)
+
+    # The handshake.
+
+    def set_deadline(self, seconds: float) -> None:
+        """Abort unless ``cancel_deadline`` comes first."""
+        self.cancel_deadline()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.abort)
+
+    def cancel_deadline(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def upgrade(self, request: Request) -> Response:
+        """What websockets makes of the request: a 101 to be sent, or why not."""
+        return self._websocket.accept(request)
+
+    def open(self, response: Response) -> None:
+        """Send the 101: from here on there are messages."""
+        self.cancel_deadline()
+        self._websocket.send_response(response)
+        self.phase = Phase.OPEN
+        self._flush()
+
+    def respond(self, response: Response) -> None:
+        """Send an answer that ends the connection."""
+        self._websocket.send_response(response)
+        self._end()
+
+    def _receive_handshake(self, events: Sequence[object]) -> None:
+        if events and isinstance(events[0], Request):
+            # A message that came along with the request is one before its time.
+            self._owner.requested(self, events[0])
+            for event in events[1:]:
+                if self.phase is Phase.OPEN:
+                    self._receive(cast(Frame, event))
+        elif self._websocket.handshake_exc is not None:
+            self._refuse_malformed(self._websocket.handshake_exc)
+
+    def _refuse_malformed(self, error: Exception) -> None:
+        """websockets ends what is not HTTP in silence, and long lines in plain text."""
+        self._websocket.data_to_send()
+        match error:
+            case RequestLineTooLong():
+                refusal = errors.URI_TOO_LONG
+            case HeaderLineTooLong() | TooManyHeaders():
+                refusal = errors.HEADERS_TOO_LARGE
+            case _:
+                refusal = errors.BAD_REQUEST
+        self.transport.write(refuse(refusal).serialize())
+        self._half_close()
+        self._end()
+
+    # Messages.
+
+    def _receive(self, frame: Frame) -> None:
+        match frame.opcode:
+            case Opcode.TEXT | Opcode.BINARY if frame.fin:
+                self._deliver(frame.opcode is Opcode.TEXT, bytes(frame.data))
+            case Opcode.TEXT | Opcode.BINARY:
+                self._text = frame.opcode is Opcode.TEXT
+                self._fragments = [bytes(frame.data)]
+            case Opcode.CONT:
+                self._receive_fragment(frame)
+            case Opcode.CLOSE:
+                self._end()
+            case _:
+                pass  # a pong is known by its arrival, a ping is answered already
+
+    def _receive_fragment(self, frame: Frame) -> None:
+        assert self._fragments is not None  # websockets has refused a stray one
+        self._fragments.append(bytes(frame.data))
+        if frame.fin:
+            message, self._fragments = b"".join(self._fragments), None
+            self._deliver(self._text, message)
+        elif len(self._fragments) > MAX_FRAGMENTS:
+            self._websocket.fail(errors.MESSAGE_TOO_BIG.code, "too many fragments")
+            self._end()
+
+    def _deliver(self, text: bool, message: bytes) -> None:
+        if text:
+            self._owner.received(self, message)
+        else:
+            self._owner.violated(self, errors.BAD_FRAME)
+
+    # Sending and closing.
+
+    def send(self, payload: bytes) -> None:
+        """One frame's JSON."""
+        if self.phase is Phase.OPEN:
+            self.write(text_frame(payload))
+
+    def write(self, data: bytes) -> None:
+        """Whole WebSocket frames. Only while OPEN."""
+        self.transport.write(data)
+        if self.writing_paused and self.transport.get_write_buffer_size() > WRITE_ABORT:
+            self.abort()
+
+    def hold_reading(self, congested: bool) -> None:
+        """Stop reading while too many commands are under way; go on afterwards."""
+        if congested != self.congested and self.phase is Phase.OPEN:
+            self.congested = congested
+            if congested:
+                self.transport.pause_reading()
+            elif not self.writing_paused:
+                self.transport.resume_reading()
+
+    def close(self, why: Disconnect, after: int | None, *, sever: bool = False) -> None:
+        """Say bye and close. ``sever``: whoever it is must be gone now, polite or not."""
+        if self.phase is not Phase.OPEN:
+            return
+        self.phase = Phase.CLOSING
+        unread = self.transport.get_write_buffer_size()
+        if sever and unread:
+            # What waits there must not reach it, and nothing can overtake it.
+            self.transport.abort()
+            return
+        self._websocket.send_close(why.code, why.reason)
+        closing = b"".join(self._websocket.data_to_send())
+        self.transport.write(text_frame(frames.bye(why, after)) + closing)
+        # The peer's close frame is awaited; with unread bytes the kernel would answer them with
+        # a reset that overtakes our close frame.
+        self.transport.resume_reading()
+        self.set_deadline(SEVER_SECONDS if sever else CLOSE_SECONDS)
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def _flush(self) -> None:
+        """Send what websockets has to say by itself: the 101, pongs, a close frame."""
+        writes = self._websocket.data_to_send()
+        if not writes:
+            return
+        end = writes[-1] == b""
+        data = b"".join(writes)
+        if data:
+            self.write(data)
+        if end:
+            self._half_close()
+
+    def _end(self) -> None:
+        """websockets has ended it: a response, an echoed close frame, or an error's."""
+        self.phase = Phase.CLOSING
+        self._flush()
+        self.set_deadline(CLOSE_SECONDS)
+        if self._websocket.close_rcvd is not None:
+            self.transport.close()
+
+    def _half_close(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self._websocket.close_rcvd is not None or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        try:
+            self.transport.write_eof()
+        except (OSError, RuntimeError):  # uvloop: the socket may be gone already
+            self.transport.abort()

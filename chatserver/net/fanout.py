@@ -1,0 +1,534 @@
+"""Fan-out: one room's events to its members on this worker.
+
+An event arrives from the store's pub/sub, takes its place in the room's feed (core/room.py) and
+waits for the end of the loop's tick. Then the frames of the tick are joined once, and each live
+member's transport gets one write: the kernel's send is the price of a delivery, so the way to go
+faster is to send less often.
+
+A member is *live* when the room's shared bytes are what it needs next, else *behind*: it has
+just joined, reads too slowly, or its token has expired. One that is behind keeps only its
+position and is fed from the log (from the room's recent events for the last stretch) until it
+has caught up. So joining, lagging and coming back are one mechanism:
+
+    behind ──caught up──▶ live ──stalled, expired, joined anew──▶ behind
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+
+from chatserver import telemetry
+from chatserver.core import errors, frames
+from chatserver.core.errors import Disconnect, StoreUnavailable
+from chatserver.core.frames import Since
+from chatserver.core.room import Event, Feed, Reading, Step
+from chatserver.net.connection import Connection, Phase, text_frame
+from chatserver.store.link import Subscription
+from chatserver.store.log import RoomLog, channel, parse_live, room_of
+
+WRITES_PER_ITERATION = 2000
+"""Sockets written to before the loop may do something else: some 12 ms of kernel time."""
+RECENT_BYTES = 262_144
+CHECK_SECONDS = 30.0
+"""How often each room's position is compared with its log: pub/sub may lose the last message."""
+CONFIRM_SECONDS = 0.4
+"""How long a join waits for its subscription; with a read after it, less than a second."""
+LINGER_SECONDS = 10.0
+"""An empty room stays subscribed so long: people come back."""
+
+log = telemetry.logger(__name__)
+
+
+class Standing(Enum):
+    BEHIND = auto()
+    LIVE = auto()
+    GONE = auto()
+
+
+class Member:
+    """One connection in one room, and how far it has got."""
+
+    __slots__ = ("connection", "epoch", "position", "reading", "room", "standing")
+
+    def __init__(self, connection: Connection, room: Room, epoch: str, position: int) -> None:
+        self.connection = connection
+        self.room = room
+        self.epoch = epoch
+        self.position = position
+        """Offset of the last event written to it."""
+        self.standing = Standing.BEHIND
+        self.reading = False
+        """A read of the log is under way for it."""
+
+
+class Room:
+    """One room on this worker."""
+
+    __slots__ = (
+        "behind",
+        "checked_at",
+        "confirmed",
+        "feed",
+        "interest",
+        "left_at",
+        "live",
+        "name",
+        "pending",
+        "reading",
+        "recent",
+        "recent_bytes",
+        "targets",
+        "waiting",
+    )
+
+    def __init__(self, name: str, now: float) -> None:
+        self.name = name
+        self.feed = Feed()
+        self.live: dict[Member, None] = {}
+        self.interest = 0
+        """Members, and joins under way."""
+        self.behind = 0
+        """How many of them will need the recent events."""
+        self.confirmed = False
+        self.waiting: list[Callable[[], None]] = []
+        """Joins that wait for the subscription."""
+        self.reading = False
+        """A read of the log is under way for the feed."""
+        self.pending: list[Event] = []
+        """Events of this tick, not yet written to anyone."""
+        self.targets: Batch | None = None
+        """A write to more members than one iteration serves."""
+        self.recent: deque[Event] = deque()
+        self.recent_bytes = 0
+        self.checked_at = now
+        self.left_at = now
+
+    def remember(self, events: list[Event]) -> None:
+        """Keep what members that are behind will need to close the last gap."""
+        for event in events:
+            self.recent.append(event)
+            self.recent_bytes += len(event.payload)
+        while self.recent_bytes > RECENT_BYTES:
+            self.recent_bytes -= len(self.recent.popleft().payload)
+
+    def forget(self) -> None:
+        self.recent.clear()
+        self.recent_bytes = 0
+
+    def written(self) -> int:
+        """Up to this offset live members have been served or are being served."""
+        if self.pending:
+            return self.pending[0].offset - 1
+        assert self.feed.offset is not None
+        return self.feed.offset
+
+
+class Batch:
+    """A tick's frames on their way to the members that were live then."""
+
+    __slots__ = ("base", "data", "events", "members", "next", "origins", "top")
+
+    def __init__(self, events: list[Event], members: list[Member]) -> None:
+        self.events = events
+        self.members = members
+        self.next = 0
+        self.base = events[0].offset - 1
+        self.top = events[-1].offset
+        self.data = b"".join([text_frame(event.payload) for event in events])
+        self.origins = {event.origin for event in events if event.origin is not None}
+
+
+class Fanout:
+    """All rooms of this worker.
+
+    ``fresh()`` tells whether revocations are current; while not, nothing is delivered (the log
+    has it). ``disconnect(connection, why)`` ends a connection.
+    """
+
+    def __init__(
+        self,
+        room_log: RoomLog,
+        *,
+        fresh: Callable[[], bool],
+        disconnect: Callable[[Connection, Disconnect], None],
+    ) -> None:
+        self._log = room_log
+        self._fresh = fresh
+        self._disconnect = disconnect
+        self._subscription: Subscription | None = None
+        self._rooms: dict[str, Room] = {}
+        self._dirty: dict[Room, None] = {}
+        self._flush_scheduled = False
+        self._unrepaired: set[Room] = set()
+        self._retry: set[Member] = set()
+        self.garbage = 0
+        """Messages on the rooms' channels that were no events."""
+
+    def attach(self, subscription: Subscription) -> None:
+        """Where to hear of events; made with ``receive_live`` and ``confirm`` of this."""
+        self._subscription = subscription
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    # Joining and leaving.
+
+    def join(
+        self,
+        name: str,
+        since: Since | None,
+        last: int,
+        done: Callable[[Reading | StoreUnavailable], None],
+    ) -> None:
+        """Subscribe, wait until that is confirmed, then read: the seam loses and doubles nothing.
+
+        The room is kept until ``admit`` or ``abandon`` follows, once for each ``join``.
+        """
+        room = self._enter(name)
+        room.interest += 1
+        room.behind += 1
+
+        def opened(reading: Reading | StoreUnavailable) -> None:
+            if isinstance(reading, Reading) and room.feed.offset is None:
+                self._dispatch(room, room.feed.start(reading))
+            done(reading)
+
+        def read() -> None:
+            epoch, after = (since.epoch, since.offset) if since else ("", None)
+            self._log.read(name, opened, epoch=epoch, after=after, backwards=last)
+
+        def give_up() -> None:
+            if read in room.waiting:
+                room.waiting.remove(read)
+                done(StoreUnavailable("the subscription was not confirmed"))
+
+        if room.confirmed:
+            read()
+        else:
+            room.waiting.append(read)
+            asyncio.get_running_loop().call_later(CONFIRM_SECONDS, give_up)
+
+    def abandon(self, name: str) -> None:
+        """A join that will not be admitted."""
+        room = self._rooms[name]
+        self._caught_up(room)
+        self._forgo(room)
+
+    def admit(self, connection: Connection, name: str, start: int, opening: Reading) -> None:
+        """Replay what comes after ``start``, then deliver live events."""
+        room = self._rooms[name]
+        if connection.memberships.get(name):
+            self.leave(connection, name)
+        member = Member(connection, room, opening.epoch, start)
+        connection.memberships[name] = member
+        self._serve(member, [event for event in opening.events if event.offset > start])
+
+    def leave(self, connection: Connection, name: str) -> None:
+        """Nothing of the room goes to the connection from now on. Leaving twice is no error."""
+        member = connection.memberships.pop(name, None)
+        if member is None:
+            return
+        if member.standing is Standing.BEHIND:
+            self._caught_up(member.room)
+        member.room.live.pop(member, None)
+        member.standing = Standing.GONE
+        self._retry.discard(member)
+        self._forgo(member.room)
+
+    def leave_all(self, connection: Connection) -> None:
+        for name in list(connection.memberships):
+            self.leave(connection, name)
+
+    def _enter(self, name: str) -> Room:
+        room = self._rooms.get(name)
+        if room is None:
+            room = self._rooms[name] = Room(name, time.monotonic())
+            assert self._subscription is not None
+            self._subscription.subscribe(channel(name))
+        return room
+
+    def _forgo(self, room: Room) -> None:
+        room.interest -= 1
+        if room.interest == 0:
+            room.left_at = time.monotonic()
+
+    # Holding back and catching up.
+
+    def hold_back(self, connection: Connection) -> None:
+        """Deliver nothing more to it for now; each room's position is kept."""
+        for member in connection.memberships.values():
+            self._fall_behind(member)
+
+    def _fall_behind(self, member: Member) -> None:
+        if member.standing is Standing.LIVE:
+            member.standing = Standing.BEHIND
+            member.room.live.pop(member, None)
+            member.room.behind += 1
+            if member.connection.lagging_since is None:
+                member.connection.lagging_since = time.monotonic()
+
+    def catch_up(self, connection: Connection) -> None:
+        """Go on where ``hold_back`` left off."""
+        for member in list(connection.memberships.values()):
+            if member.standing is Standing.BEHIND:
+                self._advance(member)
+
+    def _advance(self, member: Member) -> None:
+        """Bring a member that is behind one step further."""
+        connection, room = member.connection, member.room
+        if member.reading or not _receptive(connection):
+            return
+        feed = room.feed
+        if feed.offset is not None and member.epoch == feed.epoch:
+            if member.position >= room.written():
+                self._go_live(member)
+                return
+            if room.recent and room.recent[0].offset <= member.position + 1:
+                self._serve(member, [e for e in room.recent if e.offset > member.position])
+                return
+        member.reading = True
+        self._log.read(
+            room.name,
+            lambda reading: self._receive_missed(member, reading),
+            epoch=member.epoch,
+            after=member.position,
+        )
+
+    def _receive_missed(self, member: Member, reading: Reading | StoreUnavailable) -> None:
+        member.reading = False
+        if member.standing is not Standing.BEHIND:
+            return
+        if isinstance(reading, StoreUnavailable):
+            self._retry.add(member)
+            return
+        if not _receptive(member.connection):
+            return
+        if reading.epoch != member.epoch or reading.top < member.position:
+            self._reset(member, reading.epoch, _start_of(reading))
+        elif reading.first - 1 > member.position:
+            self._disconnect(member.connection, errors.SLOW_CONSUMER)
+            return
+        self._serve(member, [e for e in reading.events if e.offset > member.position])
+
+    def _serve(self, member: Member, events: list[Event]) -> None:
+        """Write a run of events to one member that is behind, then go on from there."""
+        connection = member.connection
+        if not events or events[0].offset != member.position + 1:
+            events = []
+        if events and _receptive(connection):
+            if not self._fresh():
+                self._retry.add(member)
+                return
+            member.position = events[-1].offset
+            connection.write(b"".join([text_frame(event.payload) for event in events]))
+        if member.standing is Standing.BEHIND:
+            self._advance(member)
+
+    def _go_live(self, member: Member) -> None:
+        member.standing = Standing.LIVE
+        member.room.live[member] = None
+        self._caught_up(member.room)
+        connection = member.connection
+        if connection.lagging_since is not None and all(
+            other.standing is Standing.LIVE for other in connection.memberships.values()
+        ):
+            connection.lagging_since = None
+
+    def _caught_up(self, room: Room) -> None:
+        room.behind -= 1
+        if room.behind == 0:
+            room.forget()
+
+    def _reset(self, member: Member, epoch: str, offset: int) -> None:
+        member.epoch, member.position = epoch, offset
+        member.connection.send(frames.reset(member.room.name, epoch, offset))
+
+    # Live events.
+
+    def receive_live(self, channel: str, payload: bytes) -> None:
+        """A message from the store's pub/sub."""
+        room = self._rooms.get(room_of(channel))
+        if room is None:
+            return  # unsubscribed meanwhile
+        try:
+            event = parse_live(payload)
+        except ValueError:
+            self.garbage += 1
+            return
+        if not self._fresh():
+            # Nothing may be delivered before revocations are current: read it later.
+            room.feed.miss()
+        self._dispatch(room, room.feed.receive_live(event))
+
+    def confirm(self, channel: str) -> None:
+        """The store has confirmed the subscription, for the first time or again."""
+        room = self._rooms.get(room_of(channel))
+        if room is None:
+            return
+        again, room.confirmed = room.confirmed, True
+        waiting, room.waiting = room.waiting, []
+        for read in waiting:
+            read()
+        if again and room.feed.offset is not None:
+            self._repair(room)
+
+    def _dispatch(self, room: Room, step: Step) -> None:
+        if step.reset:
+            self._reset_all(room, step)
+        if step.events:
+            room.pending += step.events
+            if room.behind:
+                room.remember(step.events)
+            self._dirty[room] = None
+            self._schedule_flush()
+        if room.feed.behind:
+            self._unrepaired.add(room)
+            self._repair(room)
+
+    def _reset_all(self, room: Room, step: Step) -> None:
+        """The room's positions are void: everyone goes on from the feed's."""
+        self._write_out(room)
+        room.forget()
+        feed = room.feed
+        assert feed.offset is not None
+        offset = step.events[0].offset - 1 if step.events else feed.offset
+        for member in list(room.live):
+            self._reset(member, feed.epoch, offset)
+
+    def _repair(self, room: Room) -> None:
+        """Read what the feed is missing. What comes meanwhile waits in the feed."""
+        feed = room.feed
+        if room.reading or feed.offset is None or not self._fresh():
+            return
+        room.reading = True
+        room.checked_at = time.monotonic()
+        feed.behind = True
+        self._log.read(
+            room.name,
+            lambda reading: self._receive_repair(room, reading),
+            epoch=feed.epoch,
+            after=feed.offset,
+        )
+
+    def _receive_repair(self, room: Room, reading: Reading | StoreUnavailable) -> None:
+        room.reading = False
+        if isinstance(reading, StoreUnavailable):
+            self._unrepaired.add(room)
+            return
+        self._unrepaired.discard(room)
+        self._dispatch(room, room.feed.receive_reading(reading))
+
+    # Writing.
+
+    def _schedule_flush(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Write the tick's events, to so many members that the loop stays responsive."""
+        self._flush_scheduled = False
+        if not self._fresh():
+            return  # this process was stopped in between; tick() goes on when it may
+        left = WRITES_PER_ITERATION
+        while self._dirty and left > 0:
+            room = next(iter(self._dirty))
+            left -= self._write(room, left)
+            if room.targets is None and not room.pending:
+                del self._dirty[room]
+        if self._dirty:
+            self._schedule_flush()
+
+    def _write_out(self, room: Room) -> None:
+        """Everything pending, to everyone, now."""
+        while room.pending or room.targets:
+            self._write(room, len(room.live) + 1)
+
+    def _write(self, room: Room, most: int) -> int:
+        """Write the room's current batch to at most so many members. Returns to how many."""
+        batch = room.targets
+        if batch is None:
+            if not room.pending:
+                return 0
+            events, room.pending = room.pending, []
+            batch = room.targets = Batch(events, list(room.live))
+        chunk = batch.members[batch.next : batch.next + most]
+        batch.next += len(chunk)
+        if batch.next >= len(batch.members):
+            room.targets = None
+        now = time.time()
+        base, top, data = batch.base, batch.top, batch.data
+        live = Standing.LIVE
+        origins = batch.origins
+        for member in chunk:
+            if member.standing is not live:
+                continue
+            connection = member.connection
+            if connection.expires_at <= now:
+                self.hold_back(connection)
+            elif member.position == base and not (origins and connection.id in origins):
+                member.position = top
+                connection.write(data)
+            elif member.position < top:
+                self._write_singly(member, batch)
+        return len(chunk)
+
+    def _write_singly(self, member: Member, batch: Batch) -> None:
+        """For a member that is ahead of the batch's beginning, or sees a skip in it."""
+        connection, room = member.connection, member.room
+        data = b"".join(
+            text_frame(
+                frames.skip(room.name, event.offset)
+                if event.origin == connection.id
+                else event.payload
+            )
+            for event in batch.events
+            if event.offset > member.position
+        )
+        member.position = batch.top
+        connection.write(data)
+
+    # Time.
+
+    def tick(self) -> None:
+        """A few times a second: try again what failed, compare positions, drop empty rooms."""
+        if not self._fresh():
+            return
+        if self._dirty:
+            self._schedule_flush()
+        retry, self._retry = self._retry, set()
+        for member in retry:
+            if member.standing is Standing.BEHIND:
+                self._advance(member)
+        for room in list(self._unrepaired):
+            self._repair(room)
+        now = time.monotonic()
+        for room in list(self._rooms.values()):
+            if room.interest == 0 and now - room.left_at > LINGER_SECONDS:
+                self._drop(room)
+            elif now - room.checked_at > CHECK_SECONDS and room.confirmed:
+                self._repair(room)
+
+    def _drop(self, room: Room) -> None:
+        del self._rooms[room.name]
+        self._dirty.pop(room, None)
+        self._unrepaired.discard(room)
+        assert self._subscription is not None
+        self._subscription.unsubscribe(channel(room.name))
+
+
+def _receptive(connection: Connection) -> bool:
+    """Whether the connection may be written to."""
+    return (
+        connection.phase is Phase.OPEN
+        and not connection.writing_paused
+        and connection.expires_at > time.time()
+    )
+
+
+def _start_of(reading: Reading) -> int:
+    return reading.events[0].offset - 1 if reading.events else reading.top

@@ -1,0 +1,71 @@
+"""HTTP answers: JSON bodies, nothing that tells what software sent them."""
+
+from __future__ import annotations
+
+import http
+
+import orjson
+from websockets.datastructures import Headers
+from websockets.http11 import Response
+
+from chatserver.core.errors import Refusal
+
+
+def answer(status: int, body: dict[str, object] | None, headers: dict[str, str]) -> Response:
+    """A whole response; the connection ends after it."""
+    payload = b"" if body is None else orjson.dumps(body) + b"\n"
+    fields = {"Content-Length": str(len(payload)), "Connection": "close"}
+    if body is not None:
+        fields["Content-Type"] = "application/json"
+    fields["Cache-Control"] = "no-store"
+    return Response(status, http.HTTPStatus(status).phrase, Headers(fields | headers), payload)
+
+
+def refuse(
+    refusal: Refusal,
+    *,
+    origin: str | None = None,
+    retry_after: int | None = None,
+    token_given: bool = False,
+) -> Response:
+    """A refused handshake. ``origin``: the page that may read why. ``retry_after`` in seconds."""
+    headers = cors(origin)
+    match refusal.status:
+        case 401:
+            # RFC 6750 section 3.1: the error only when a token came along.
+            detail = ' error="invalid_token"' if token_given else ""
+            headers["WWW-Authenticate"] = f"Bearer{detail}"
+        case 405:
+            headers["Allow"] = "GET"
+        case 426:
+            headers["Upgrade"] = "websocket"
+        case _:
+            pass
+    if retry_after is not None:
+        headers["Retry-After"] = str(retry_after)
+    body: dict[str, object] = {"error": {"code": refusal.code, "message": refusal.message}}
+    return answer(refusal.status, body, headers)
+
+
+def cors(origin: str | None) -> dict[str, str]:
+    if origin is None:
+        return {}
+    return {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": "Retry-After, WWW-Authenticate",
+        "Vary": "Origin",
+    }
+
+
+def preflight(origin: str) -> Response:
+    """The answer to a browser that asks whether it may send a token (Fetch, CORS preflight)."""
+    headers = cors(origin) | {
+        "Access-Control-Allow-Methods": "GET",
+        "Access-Control-Allow-Headers": "Authorization",
+        "Access-Control-Max-Age": "600",
+    }
+    return answer(204, None, headers)
+
+
+def health(healthy: bool, body: dict[str, object]) -> Response:
+    return answer(200 if healthy else 503, body, {})

@@ -1,0 +1,431 @@
+"""The hub: this worker's connections by session and user, and the effects they ask for.
+
+``ChatProtocol`` decides; the hub carries out, in order, and brings the answers back. It is
+where a revocation finds its sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import assert_never
+
+from chatserver import telemetry
+from chatserver.core import errors
+from chatserver.core.claims import Identity
+from chatserver.core.errors import Disconnect, ReplyCode, StoreUnavailable, TokenRefused
+from chatserver.core.flow import Limits
+from chatserver.core.protocol import (
+    PAGE_BYTES,
+    Abandon,
+    Admit,
+    ChatProtocol,
+    Close,
+    Effect,
+    Failed,
+    Identify,
+    Join,
+    Leave,
+    Outcome,
+    Page,
+    Publish,
+    Published,
+    Read,
+    Resume,
+    Transmit,
+    Verified,
+    Verify,
+    Withhold,
+)
+from chatserver.core.room import Reading
+from chatserver.core.session import Kind, Revocation
+from chatserver.net.connection import PING, Connection, Phase
+from chatserver.net.fanout import Fanout
+from chatserver.net.wheel import Wheel
+from chatserver.store.keyring import Keyring
+from chatserver.store.log import RoomLog
+from chatserver.store.sessions import Mirror
+
+DRAIN_BATCH_SECONDS = 0.05
+DRAIN_RATE = 2000
+"""Connections told to leave in a second when there are too few to fill the drain window."""
+
+log = telemetry.logger(__name__)
+
+_UNAVAILABLE = Failed(ReplyCode.UNAVAILABLE)
+
+
+class Index:
+    """Connections by a name they share. Most names have one: no set for it."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Connection | set[Connection]] = {}
+
+    def add(self, name: str, connection: Connection) -> None:
+        known = self._entries.get(name)
+        if known is None:
+            self._entries[name] = connection
+        elif isinstance(known, set):
+            known.add(connection)
+        else:
+            self._entries[name] = {known, connection}
+
+    def remove(self, name: str, connection: Connection) -> None:
+        known = self._entries.get(name)
+        if known is connection:
+            del self._entries[name]
+        elif isinstance(known, set):
+            known.discard(connection)
+            if not known:
+                del self._entries[name]
+
+    def get(self, name: str) -> list[Connection]:
+        known = self._entries.get(name)
+        if known is None:
+            return []
+        return list(known) if isinstance(known, set) else [known]
+
+
+class Hub:
+    """All connections whose handshake has succeeded."""
+
+    def __init__(
+        self,
+        *,
+        keyring: Keyring,
+        room_log: RoomLog,
+        limits: Limits,
+        ping_timeout: float,
+        slow_seconds: float,
+        user_connections: int,
+    ) -> None:
+        self._keyring = keyring
+        self._log = room_log
+        self._limits = limits
+        self._ping_timeout = ping_timeout
+        self._slow_seconds = slow_seconds
+        self._user_connections = user_connections
+        self._mirror: Mirror | None = None
+        self._connections: dict[str, Connection] = {}
+        self._by_session = Index()
+        self._by_user = Index()
+        self.wheel: Wheel[Connection] = Wheel(self._handle_timer)
+        self.fanout = Fanout(room_log, fresh=self.fresh, disconnect=self.disconnect)
+
+    def attach(self, mirror: Mirror) -> None:
+        """Where to check revocations; made with ``revoke`` of this."""
+        self._mirror = mirror
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._connections.values()))
+
+    # Tokens.
+
+    def fresh(self) -> bool:
+        """Whether revocations are current: nothing is accepted or delivered otherwise."""
+        return self._mirror is not None and self._mirror.fresh()
+
+    def verify(self, token: str) -> Identity:
+        """Raises TokenRefused, or StoreUnavailable while revocations cannot be checked."""
+        identity = self._keyring.verify(token, now=time.time())
+        assert self._mirror is not None
+        if self._mirror.covers(identity):
+            raise TokenRefused(ReplyCode.TOKEN_REVOKED)
+        if not self.fresh():
+            raise StoreUnavailable("revocations are not current")
+        return identity
+
+    def make_room(self, identity: Identity) -> bool:
+        """Whether the user may have one more connection; the one silent longest may go for it."""
+        of_user = self._by_user.get(identity.user)
+        if len(of_user) < self._user_connections:
+            return True
+        of_session = [c for c in of_user if c.chat.identity.session == identity.session]
+        if not of_session:
+            return False
+        self.disconnect(min(of_session, key=lambda c: c.received_at), errors.SUPERSEDED)
+        return True
+
+    # A connection's life.
+
+    def add(self, connection: Connection, identity: Identity) -> None:
+        """From here on the connection is served. No await may stand between verify and this."""
+        now = time.time()
+        connection.id = secrets.token_urlsafe(9)
+        connection.chat = ChatProtocol(connection.id, identity, self._limits, now)
+        connection.expires_at = identity.expires_at
+        self._connections[connection.id] = connection
+        self._by_session.add(identity.session, connection)
+        self._by_user.add(identity.user, connection)
+        self._run(connection)
+        # Spread over the interval, so that those who came together are not pinged together.
+        loop_now = asyncio.get_running_loop().time()
+        first_ping = loop_now + self._limits.ping_interval * random.random()
+        self._schedule(connection, min(first_ping, self._wake_at(connection, loop_now)))
+
+    def remove(self, connection: Connection) -> None:
+        """The connection is lost, or will be."""
+        if self._connections.pop(connection.id, None) is None:
+            return
+        identity = connection.chat.identity
+        self._by_session.remove(identity.session, connection)
+        self._by_user.remove(identity.user, connection)
+        self.fanout.leave_all(connection)
+        for room in connection.openings or ():
+            self.fanout.abandon(room)
+        connection.openings = None
+        connection.chat.disconnect(errors.SERVER_ERROR)  # late answers find it closed
+        connection.chat.effects()
+
+    def receive(self, connection: Connection, message: bytes) -> None:
+        """One text message."""
+        connection.chat.receive_frame(message, time.time())
+        self._run(connection)
+
+    def stalled(self, connection: Connection) -> None:
+        self.fanout.hold_back(connection)
+        if connection.lagging_since is None:
+            connection.lagging_since = time.monotonic()
+        self._reschedule(connection)
+
+    def drained(self, connection: Connection) -> None:
+        if not connection.memberships:
+            connection.lagging_since = None
+        self.fanout.catch_up(connection)
+
+    def disconnect(self, connection: Connection, why: Disconnect) -> None:
+        if connection.phase is Phase.OPEN:
+            connection.chat.disconnect(why)
+            self._run(connection)
+
+    def revoke(self, revocation: Revocation) -> None:
+        """End every connection that the revocation covers."""
+        match revocation.kind:
+            case Kind.SESSION:
+                found = self._by_session.get(revocation.value)
+            case Kind.USER:
+                found = self._by_user.get(revocation.value)
+            case Kind.TOKEN:
+                # Rare enough to look at all of them, 2 ms for 20,000.
+                found = list(self)
+        for connection in found:
+            if revocation.covers(connection.chat.identity):
+                self.disconnect(connection, errors.SESSION_REVOKED)
+
+    async def drain(self, seconds: float) -> None:
+        """Tell every connection to leave within the time, each with its own moment to return."""
+        leaving = list(self)
+        random.shuffle(leaving)
+        size = max(
+            int(DRAIN_RATE * DRAIN_BATCH_SECONDS),
+            int(len(leaving) * DRAIN_BATCH_SECONDS / max(seconds, DRAIN_BATCH_SECONDS)) + 1,
+        )
+        for start in range(0, len(leaving), size):
+            for connection in leaving[start : start + size]:
+                self.disconnect(connection, errors.DRAINING)
+            await asyncio.sleep(DRAIN_BATCH_SECONDS)
+
+    # Effects.
+
+    def _run(self, connection: Connection) -> None:
+        """Carry out what the connection's protocol has decided, until it wants nothing more."""
+        chat = connection.chat
+        while effects := chat.effects():
+            for effect in effects:
+                self._carry_out(connection, effect)
+        connection.hold_reading(chat.congested)
+
+    def _carry_out(self, connection: Connection, effect: Effect) -> None:
+        match effect:
+            case Transmit(payload):
+                connection.send(payload)
+            case Publish():
+                self._publish(connection, effect)
+            case Join():
+                self._join(connection, effect)
+            case Admit(room, start, opening):
+                self._close_opening(connection, room)
+                self.fanout.admit(connection, room, start, opening)
+            case Abandon(room):
+                if self._close_opening(connection, room):
+                    self.fanout.abandon(room)
+            case Leave(room):
+                self.fanout.leave(connection, room)
+            case Read():
+                self._read(connection, effect)
+            case Verify(ref, token):
+                self._answer(connection, ref, self._verified(token))
+            case Identify(identity):
+                connection.expires_at = identity.expires_at
+                self._reschedule(connection)
+            case Withhold():
+                self.fanout.hold_back(connection)
+            case Resume():
+                self.fanout.catch_up(connection)
+            case Close(why):
+                self._close(connection, why)
+            case _:
+                assert_never(effect)
+
+    def _answer(self, connection: Connection, ref: int, outcome: Outcome) -> None:
+        """Bring the answer back; what it leads to is run by whoever is running effects."""
+        connection.chat.receive_outcome(ref, outcome, time.time())
+
+    def _answer_later(self, connection: Connection, ref: int, outcome: Outcome) -> None:
+        self._answer(connection, ref, outcome)
+        self._run(connection)
+
+    def _publish(self, connection: Connection, effect: Publish) -> None:
+        if not self.fresh():
+            self._answer(connection, effect.ref, _UNAVAILABLE)
+            return
+        self._log.publish(
+            effect,
+            connection.id,
+            partial(self._published, connection, effect.ref),
+            # What a revoked connection had queued is dropped before it goes out.
+            wanted=lambda: not connection.chat.closed,
+        )
+
+    def _published(
+        self, connection: Connection, ref: int, reply: Published | StoreUnavailable
+    ) -> None:
+        failed = isinstance(reply, StoreUnavailable)
+        self._answer_later(connection, ref, _UNAVAILABLE if failed else reply)  # type: ignore[arg-type]
+
+    def _join(self, connection: Connection, effect: Join) -> None:
+        if not self.fresh():
+            self._answer(connection, effect.ref, _UNAVAILABLE)
+            return
+        if connection.openings is None:
+            connection.openings = set()
+        connection.openings.add(effect.room)
+
+        def opened(reading: Reading | StoreUnavailable) -> None:
+            if not connection.chat.closed:
+                failed = isinstance(reading, StoreUnavailable)
+                self._answer_later(connection, effect.ref, _UNAVAILABLE if failed else reading)  # type: ignore[arg-type]
+
+        self.fanout.join(effect.room, effect.since, effect.last, opened)
+
+    def _close_opening(self, connection: Connection, room: str) -> bool:
+        if connection.openings is None or room not in connection.openings:
+            return False
+        connection.openings.discard(room)
+        if not connection.openings:
+            connection.openings = None
+        return True
+
+    def _read(self, connection: Connection, effect: Read) -> None:
+        if not self.fresh():
+            self._answer(connection, effect.ref, _UNAVAILABLE)
+            return
+        ref, after = effect.ref, effect.after
+
+        def page(reading: Reading | StoreUnavailable) -> None:
+            if isinstance(reading, StoreUnavailable):
+                self._answer_later(connection, ref, _UNAVAILABLE)
+                return
+            events = reading.events
+            if after is None:
+                more = bool(events) and events[0].offset > reading.first
+            else:
+                more = bool(events) and events[-1].offset < reading.top
+            self._answer_later(connection, ref, Page(reading, more))
+
+        self._log.read(
+            effect.room,
+            page,
+            after=after,
+            before=effect.before,
+            onwards=effect.limit,
+            backwards=effect.limit,
+            size=PAGE_BYTES,
+            from_oldest=after is not None,
+        )
+
+    def _verified(self, token: str) -> Outcome:
+        assert self._mirror is not None
+        try:
+            identity = self._keyring.verify(token, now=time.time())
+        except TokenRefused as refused:
+            return Failed(refused.code)
+        if not self.fresh():
+            return _UNAVAILABLE
+        return Verified(identity, self._mirror.covers(identity))
+
+    def _close(self, connection: Connection, why: Disconnect) -> None:
+        connection.close(why, _after(why), sever=why is errors.SESSION_REVOKED)
+        self.remove(connection)
+
+    # Time.
+
+    def _handle_timer(self, connection: Connection) -> None:
+        now = asyncio.get_running_loop().time()
+        if connection.phase is not Phase.OPEN or connection.due_at > now:
+            return  # of no interest any more, or scheduled anew since
+        connection.chat.handle_timer(time.time())
+        self._run(connection)
+        if connection.phase is not Phase.OPEN:
+            return
+        if self._too_slow(connection):
+            self.disconnect(connection, errors.SLOW_CONSUMER)
+            return
+        silent = now - connection.received_at
+        if silent < self._limits.ping_interval:
+            connection.pinged = False
+            next_check = connection.received_at + self._limits.ping_interval
+        elif not connection.pinged:
+            connection.pinged = True
+            connection.write(PING)
+            next_check = now + self._ping_timeout
+        elif silent >= self._limits.ping_interval + self._ping_timeout:
+            self.disconnect(connection, errors.NO_PONG)
+            return
+        else:
+            next_check = now + 1.0
+        self._schedule(connection, min(next_check, self._wake_at(connection, now)))
+
+    def _too_slow(self, connection: Connection) -> bool:
+        since = connection.lagging_since
+        if since is None or connection.expires_at <= time.time():
+            return False
+        if not self.fresh():
+            # Nobody is served now, so nobody is to blame.
+            connection.lagging_since = time.monotonic()
+            return False
+        return time.monotonic() - since > self._slow_seconds
+
+    def _schedule(self, connection: Connection, at: float) -> None:
+        connection.due_at = at
+        self.wheel.schedule(connection, at)
+
+    def _wake_at(self, connection: Connection, loop_now: float) -> float:
+        """The protocol's next time, by the event loop's clock."""
+        wake_at = loop_now + connection.chat.wake_at() - time.time()
+        if connection.lagging_since is not None:
+            wake_at = min(wake_at, loop_now + 1.0)
+        return wake_at
+
+    def _reschedule(self, connection: Connection) -> None:
+        """Something may be due earlier than was known: a new token's expiry, a slow reader."""
+        now = asyncio.get_running_loop().time()
+        self._schedule(connection, min(connection.due_at, self._wake_at(connection, now)))
+
+
+def _after(why: Disconnect) -> int | None:
+    """Milliseconds to stay away, spread so that those who left together return one by one."""
+    match why:
+        case errors.DRAINING | errors.OVERLOADED:
+            return random.randrange(100, 2000)
+        case errors.RATE_LIMITED:
+            return random.randrange(2000, 5000)
+        case _:
+            return None

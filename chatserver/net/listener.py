@@ -1,0 +1,197 @@
+"""The door: accepts sockets, bounds what is under way, answers each request.
+
+What a request is allowed is judged in core/handshake.py; this counts, asks the hub about the
+token, and sends the answer. Nothing here waits: a handshake is decided in the tick it arrives in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import ssl
+import time
+from collections import Counter, OrderedDict
+
+from websockets.http11 import Request as HttpRequest
+
+from chatserver import telemetry
+from chatserver.core import errors, handshake
+from chatserver.core.errors import Disconnect, Refusal, StoreUnavailable, TokenRefused
+from chatserver.core.flow import Budget
+from chatserver.core.handshake import Attempt, Health, Policy, Preflight, Refused
+from chatserver.net import http
+from chatserver.net.connection import Connection
+from chatserver.net.hub import Hub
+
+PENDING_HANDSHAKES = 2000
+"""Accepted sockets that have not asked for anything yet."""
+COUNTED_ADDRESSES = 10_000
+"""Addresses whose rate is remembered; the one seen longest ago is forgotten."""
+BURST_SECONDS = 5.0
+"""An address may use so many seconds of its rate at once: an office behind one address."""
+
+log = telemetry.logger(__name__)
+
+
+class Listener:
+    """One listening socket; the owner of its connections."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        policy: Policy,
+        *,
+        frame_bytes: int,
+        handshake_rate: float,
+        handshake_seconds: float,
+        connections: int,
+    ) -> None:
+        self._hub = hub
+        self._policy = policy
+        self._frame_bytes = frame_bytes
+        self._rate = handshake_rate
+        self._deadline = handshake_seconds
+        self._most = connections
+        self._server: asyncio.Server | None = None
+        self._budgets: OrderedDict[str, Budget] = OrderedDict()
+        self._pending: set[Connection] = set()
+        self._draining = False
+        self.refused: Counter[str] = Counter()
+        """Handshakes by the code they were refused with, since the last report."""
+
+    async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Connection(self, self._frame_bytes),
+            sock=sock,
+            ssl=tls,
+            backlog=4096,
+            ssl_handshake_timeout=self._deadline if tls else None,
+            ssl_shutdown_timeout=2.0 if tls else None,
+        )
+
+    def stop(self) -> None:
+        """Accept nobody any more; who is at the door is told to go elsewhere."""
+        self._draining = True
+        if self._server is not None:
+            self._server.close()
+
+    def report(self) -> None:
+        """One line for however many handshakes were refused."""
+        if self.refused:
+            log.info("handshakes refused", **self.refused)
+            self.refused.clear()
+
+    # Connection's owner.
+
+    def connected(self, connection: Connection) -> None:
+        self._pending.add(connection)
+        connection.set_deadline(self._deadline)
+        if len(self._pending) > PENDING_HANDSHAKES:
+            self._refuse(connection, errors.HANDSHAKES_IN_FLIGHT)
+
+    def requested(self, connection: Connection, request: HttpRequest) -> None:
+        asked = handshake.Request(
+            request.method,
+            request.path,
+            list(request.headers.raw_items()),
+            connection.peer,
+            connection.tls,
+        )
+        match handshake.judge(asked, self._policy):
+            case Health(ready):
+                self._answer_health(connection, ready)
+            case Preflight(origin):
+                connection.respond(http.preflight(origin))
+            case Refused(refusal, origin):
+                self._refuse(connection, refusal, origin)
+            case Attempt() as attempt:
+                self._attempt(connection, request, attempt)
+
+    def received(self, connection: Connection, message: bytes) -> None:
+        self._hub.receive(connection, message)
+
+    def violated(self, connection: Connection, why: Disconnect) -> None:
+        self._hub.disconnect(connection, why)
+
+    def stalled(self, connection: Connection) -> None:
+        self._hub.stalled(connection)
+
+    def drained(self, connection: Connection) -> None:
+        self._hub.drained(connection)
+
+    def lost(self, connection: Connection) -> None:
+        self._pending.discard(connection)
+        self._hub.remove(connection)
+
+    # Answers.
+
+    def _answer_health(self, connection: Connection, ready: bool) -> None:
+        reasons: dict[str, object] = {
+            "revocations": "current" if self._hub.fresh() else "stale",
+            "draining": self._draining,
+        }
+        healthy = not ready or (self._hub.fresh() and not self._draining)
+        status = "ok" if healthy else "unavailable"
+        connection.respond(http.health(healthy, {"status": status} | (reasons if ready else {})))
+
+    def _attempt(self, connection: Connection, request: HttpRequest, attempt: Attempt) -> None:
+        origin = attempt.origin
+        if wait := self._budget(attempt.address).spend(time.monotonic()):
+            self._refuse(connection, errors.TOO_MANY_HANDSHAKES, origin, wait=wait)
+            return
+        response = connection.upgrade(request) if attempt.upgrade else None
+        if response is not None and response.status_code != 101:
+            self._refuse(connection, errors.BAD_REQUEST, origin)
+            return
+        if self._draining:
+            self._refuse(connection, errors.HOST_DRAINING, origin)
+            return
+        try:
+            identity = self._hub.verify(attempt.token)
+        except TokenRefused as refused:
+            self._refuse(connection, errors.TOKEN_REFUSALS[refused.code], origin, token=True)
+            return
+        except StoreUnavailable:
+            self._refuse(connection, errors.UNAVAILABLE, origin)
+            return
+        if response is None:
+            self._refuse(connection, errors.UPGRADE_REQUIRED, origin)
+        elif len(self._hub) >= self._most or not self._hub.make_room(identity):
+            self._refuse(connection, errors.TOO_MANY_CONNECTIONS, origin)
+        else:
+            self._pending.discard(connection)
+            if attempt.subprotocol is not None:
+                response.headers["Sec-WebSocket-Protocol"] = attempt.subprotocol
+            connection.open(response)
+            self._hub.add(connection, identity)
+
+    def _refuse(
+        self,
+        connection: Connection,
+        refusal: Refusal,
+        origin: str | None = None,
+        *,
+        wait: float = 1.0,
+        token: bool = False,
+    ) -> None:
+        self.refused[refusal.code] += 1
+        retry_after = None
+        if refusal.status in (429, 503):
+            # Spread, so that those who were refused together do not come back together.
+            retry_after = max(1, round(wait + random.uniform(0.0, 4.0)))
+        connection.respond(
+            http.refuse(refusal, origin=origin, retry_after=retry_after, token_given=token)
+        )
+
+    def _budget(self, address: str) -> Budget:
+        budget = self._budgets.get(address)
+        if budget is None:
+            burst = max(1.0, self._rate * BURST_SECONDS)
+            budget = self._budgets[address] = Budget(self._rate, burst, time.monotonic())
+            if len(self._budgets) > COUNTED_ADDRESSES:
+                self._budgets.popitem(last=False)
+        else:
+            self._budgets.move_to_end(address)
+        return budget

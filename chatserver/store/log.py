@@ -1,0 +1,142 @@
+"""Rooms' logs: publish, read, and the names of their keys.
+
+All keys of a room share the hash tag ``{room}``: one slot on a cluster, one script.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from chatserver.core.errors import StoreUnavailable
+from chatserver.core.protocol import Publish, Published
+from chatserver.core.room import Event, Reading
+from chatserver.store.link import PUBLISH, READ, Argument, Lane, Reply
+
+EMPTY_ROOM_SECONDS = 300
+"""A room that was joined and never written to is remembered so long after its last member."""
+
+READ_EVENTS = 256
+READ_BYTES = 65_536
+"""One read's bounds; whoever wants more reads on. 64 of them in a pipeline stay under 4 MiB."""
+
+_CHANNEL = "chat:room:{%s}:live"
+_PREFIX, _SUFFIX = _CHANNEL.split("%s")
+
+
+def channel(room: str) -> str:
+    return _CHANNEL % room
+
+
+def room_of(channel: str) -> str:
+    return channel[len(_PREFIX) : -len(_SUFFIX)]
+
+
+def parse_live(payload: bytes) -> Event:
+    """A message of a room's channel. Raises ValueError on anything else."""
+    epoch, offset, origin, event = payload.split(b" ", 3)
+    if not event.startswith(b'{"type":'):
+        raise ValueError("not an event")
+    return Event(
+        epoch.decode(), int(offset), event, None if origin == b"-" else origin.decode("ascii")
+    )
+
+
+class RoomLog:
+    """Publishes on one lane and reads on another, so that a long read delays no send."""
+
+    def __init__(
+        self,
+        publishes: Lane,
+        reads: Lane,
+        *,
+        history: int,
+        history_seconds: int,
+        key_window: float,
+    ) -> None:
+        self._publishes = publishes
+        self._reads = reads
+        self._retention: tuple[Argument, Argument] = (history, history_seconds)
+        self._key_milliseconds = max(1, int(key_window * 1000))
+
+    def publish(
+        self,
+        event: Publish,
+        connection: str,
+        done: Callable[[Published | StoreUnavailable], None],
+        wanted: Callable[[], bool],
+    ) -> None:
+        """Append and announce, atomically. What fails may have happened: repeat with its key."""
+        room = event.room
+        keys: list[Argument] = [f"chat:room:{{{room}}}:meta", f"chat:room:{{{room}}}:log"]
+        if event.key is not None:
+            # A user id holds no control character, so the NUL keeps "a" + "b:c" from "a:b" + "c".
+            keys.append(f"chat:room:{{{room}}}:key:{event.user}\0{event.key}")
+        arguments: list[Argument] = [
+            event.head,
+            event.tail,
+            _new_epoch(),
+            *self._retention,
+            channel(room),
+            "-" if event.echo else connection,
+            self._key_milliseconds,
+        ]
+
+        def parse(reply: Reply | StoreUnavailable) -> None:
+            if isinstance(reply, StoreUnavailable):
+                done(reply)
+            else:
+                epoch, offset, ts, duplicate = reply
+                done(Published(epoch.decode(), offset, ts, duplicate == 1))
+
+        self._publishes.submit(PUBLISH.command(keys, arguments), parse, wanted)
+
+    def read(
+        self,
+        room: str,
+        done: Callable[[Reading | StoreUnavailable], None],
+        *,
+        epoch: str = "",
+        after: int | None = None,
+        before: int | None = None,
+        onwards: int = READ_EVENTS,
+        backwards: int = READ_EVENTS,
+        size: int = READ_BYTES,
+        from_oldest: bool = False,
+    ) -> None:
+        """Read on after ``after`` if its ``epoch`` and the log allow it, else the latest events.
+
+        ``from_oldest``: when the log no longer reaches back to ``after``, read on from its
+        oldest event.
+        """
+        arguments: list[Argument] = [
+            _new_epoch(),
+            EMPTY_ROOM_SECONDS,
+            epoch,
+            "" if after is None else after,
+            "" if before is None else before,
+            onwards,
+            backwards,
+            size,
+            int(from_oldest),
+        ]
+
+        def parse(reply: Reply | StoreUnavailable) -> None:
+            done(reply if isinstance(reply, StoreUnavailable) else _reading(reply))
+
+        keys = [f"chat:room:{{{room}}}:meta", f"chat:room:{{{room}}}:log"]
+        self._reads.submit(READ.command(keys, arguments), parse)
+
+
+def _reading(reply: Reply) -> Reading:
+    name, top, first, *flat = reply
+    epoch = name.decode()
+    events = [
+        Event(epoch, offset, payload) for offset, payload in zip(flat[::2], flat[1::2], strict=True)
+    ]
+    return Reading(epoch, top, first, events)
+
+
+def _new_epoch() -> str:
+    """Used only where a room has none; 40 random bits tell a room's epochs apart."""
+    return secrets.token_hex(5)

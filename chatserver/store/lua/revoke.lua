@@ -1,0 +1,26 @@
+-- Revoke a session, a user's tokens up to now, or one token: the key that anyone can check, the
+-- stream that workers catch up from, the message that wakes them, in one step.
+--
+-- KEYS  1 record   chat:{auth}:revoked:<kind>:<value>; of a user it holds the cutoff (seconds)
+--       2 stream   chat:{auth}:revocations
+-- ARGV  1 kind, 2 value, 3 seconds to remember, 4 channel
+--       5 cutoff, or "" for the store's clock: given when an entry is written back
+--       6 milliseconds that the stream reaches back
+-- reply {the entry's id, cutoff}
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local cutoff = 0
+if ARGV[1] == 'user' then
+  cutoff = tonumber(ARGV[5]) or tonumber(clock[1])
+  -- Never back: an older entry that is written back must not reopen what was closed since.
+  cutoff = math.max(cutoff, tonumber(redis.call('GET', KEYS[1]) or '0'))
+end
+local text = string.format('%.0f', cutoff)
+local lasting = math.max(tonumber(ARGV[3]), redis.call('TTL', KEYS[1]))
+redis.call('SET', KEYS[1], text, 'EX', lasting)
+local id = redis.call('XADD', KEYS[2], 'MINID', '~', string.format('%.0f', now - ARGV[6]), '*',
+  'kind', ARGV[1], 'value', ARGV[2], 'cutoff', text,
+  'until', string.format('%.0f', clock[1] + lasting))
+redis.call('PEXPIRE', KEYS[2], ARGV[6])
+redis.call('PUBLISH', ARGV[4], id)
+return {id, cutoff}
