@@ -36,6 +36,8 @@ START_SECONDS = 10.0
 """How long the store may take to answer at the start."""
 DESCRIPTORS_KEPT = 200
 """Of the descriptor limit, for everything that is no client."""
+GOODBYE_SECONDS = 3.5
+"""After the last bye: an answer under way takes a second, a peer's close frame two at most."""
 TICK_SECONDS = 0.25
 REPORT_SECONDS = 10.0
 
@@ -137,6 +139,7 @@ class Worker:
         log.info("draining", connections=len(self._hub))
         self._listener.stop()
         await self._hub.drain(self._settings.drain_seconds)
+        await self._listener.wait_emptied(GOODBYE_SECONDS)
         log.info("stopped")
         return EXIT_OK
 

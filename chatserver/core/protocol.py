@@ -210,6 +210,7 @@ class ChatProtocol:
         "_next_ref",
         "_patience",
         "_refs",
+        "_retiring",
         "_rooms",
         "_sends",
         "_started",
@@ -235,6 +236,7 @@ class ChatProtocol:
         self._refs: dict[int, tuple[Exchange, int]] = {}
         self._next_ref = 0
         self._expiring_told = False
+        self._retiring: Disconnect | None = None
         self._effects: list[Effect] = [Transmit(self._welcome(now))]
 
     # Output.
@@ -265,7 +267,7 @@ class ChatProtocol:
 
     def receive_frame(self, data: bytes, now: float) -> None:
         """One text frame's payload."""
-        if self._state is State.CLOSED:
+        if self.closed or self._retiring is not None:
             return
         try:
             exchange = Exchange(frames.parse_command(data))
@@ -307,6 +309,12 @@ class ChatProtocol:
             self._expiring_told = True
             self._send(frames.expiring(self.identity.expires_at * 1000))
 
+    def retire(self, why: Disconnect) -> None:
+        """Take nothing new, answer what is under way, then disconnect."""
+        self._retiring = why
+        if not self._started and not self._waiting:
+            self.disconnect(why)
+
     def disconnect(self, why: Disconnect) -> None:
         """End it, for a reason of the protocol's or of the shell's. Idempotent."""
         if self._state is State.CLOSED:
@@ -332,6 +340,8 @@ class ChatProtocol:
                 self._started.append(exchange)
                 self._start(exchange, now)
                 progress = True
+        if self._retiring is not None:
+            self.retire(self._retiring)
 
     def _may_start(self, exchange: Exchange) -> bool:
         if not self._started or exchange.reply is not None:

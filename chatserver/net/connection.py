@@ -37,10 +37,15 @@ NOTSENT_LOWAT = 16_384
 WRITE_ABORT = 1_048_576
 """Replies and pongs that nobody reads: beyond this there is nobody."""
 MAX_FRAGMENTS = 4096
+READ_BYTES = 16_384
+"""Read from one connection before the others have their turn: 2,700 of the smallest frames."""
 CLOSE_SECONDS = 2.0
 """How long the peer has to answer a close frame."""
 SEVER_SECONDS = 0.25
 """The same for a peer that must be gone: a revoked one could go on talking for that long."""
+
+# One for all connections: what is read is taken over before the next read.
+_READ_BUFFER = memoryview(bytearray(READ_BYTES))
 
 PING = Frame(Opcode.PING, b"").serialize(mask=False)
 
@@ -91,7 +96,7 @@ class _Silent:
 _SILENT = _Silent()
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """``id`` and ``chat`` are set once the handshake has succeeded."""
 
     __slots__ = (
@@ -144,7 +149,7 @@ class Connection(asyncio.Protocol):
     def __repr__(self) -> str:
         return f"<Connection {self.id or 'new'} {self.phase.name}>"
 
-    # asyncio.Protocol.
+    # asyncio.BufferedProtocol.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -157,11 +162,21 @@ class Connection(asyncio.Protocol):
         raw.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
         self._owner.connected(self)
 
-    def data_received(self, data: bytes) -> None:
-        self.received_at = asyncio.get_running_loop().time()
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _READ_BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.received_at = loop.time()
+        self._receive_data(_READ_BUFFER[:nbytes])
+        if nbytes == READ_BYTES and self._readable():
+            self.transport.pause_reading()
+            loop.call_soon(self._read_on)
+
+    def _receive_data(self, data: memoryview) -> None:
         websocket = self._websocket
         try:
-            websocket.receive_data(data)
+            websocket.receive_data(data)  # type: ignore[arg-type]  # bytes-like is what it needs
         except EOFError:
             return  # bytes after the end of the stream
         events = websocket.events_received()
@@ -195,9 +210,15 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.writing_paused = False
         if self.phase is Phase.OPEN:
-            if not self.congested:
-                self.transport.resume_reading()
+            self._read_on()
             self._owner.drained(self)
+
+    def _readable(self) -> bool:
+        return self.phase is Phase.OPEN and not self.writing_paused and not self.congested
+
+    def _read_on(self) -> None:
+        if self._readable() and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     # The handshake.
 
@@ -302,14 +323,16 @@ class Connection(asyncio.Protocol):
             self.congested = congested
             if congested:
                 self.transport.pause_reading()
-            elif not self.writing_paused:
-                self.transport.resume_reading()
+            else:
+                self._read_on()
 
     def close(self, why: Disconnect, after: int | None, *, sever: bool = False) -> None:
         """Say bye and close. ``sever``: whoever it is must be gone now, polite or not."""
         if self.phase is not Phase.OPEN:
             return
         self.phase = Phase.CLOSING
+        if self.transport.is_closing():
+            return
         unread = self.transport.get_write_buffer_size()
         if sever and unread:
             # What waits there must not reach it, and nothing can overtake it.

@@ -186,8 +186,11 @@ class Hub:
 
     def receive(self, connection: Connection, message: bytes) -> None:
         """One text message."""
-        connection.chat.receive_frame(message, time.time())
-        self._run(connection)
+        try:
+            connection.chat.receive_frame(message, time.time())
+            self._run(connection)
+        except Exception:  # noqa: BLE001 (see _fail)
+            self._fail(connection)
 
     def stalled(self, connection: Connection) -> None:
         self.fanout.hold_back(connection)
@@ -220,7 +223,10 @@ class Hub:
                 self.disconnect(connection, errors.SESSION_REVOKED)
 
     async def drain(self, seconds: float) -> None:
-        """Tell every connection to leave within the time, each with its own moment to return."""
+        """Tell every connection to leave within the time, each with its own moment to return.
+
+        What they have under way is answered first.
+        """
         leaving = list(self)
         random.shuffle(leaving)
         size = max(
@@ -229,7 +235,8 @@ class Hub:
         )
         for start in range(0, len(leaving), size):
             for connection in leaving[start : start + size]:
-                self.disconnect(connection, errors.DRAINING)
+                connection.chat.retire(errors.DRAINING)
+                self._run(connection)
             await asyncio.sleep(DRAIN_BATCH_SECONDS)
 
     # Effects.
@@ -279,8 +286,17 @@ class Hub:
         connection.chat.receive_outcome(ref, outcome, time.time())
 
     def _answer_later(self, connection: Connection, ref: int, outcome: Outcome) -> None:
-        self._answer(connection, ref, outcome)
-        self._run(connection)
+        try:
+            self._answer(connection, ref, outcome)
+            self._run(connection)
+        except Exception:  # noqa: BLE001 (see _fail)
+            self._fail(connection)
+
+    def _fail(self, connection: Connection) -> None:
+        """A bug of ours, met by one connection: it must not end all the others with it."""
+        log.exception("connection failed", connection=connection.id)
+        connection.close(errors.SERVER_ERROR, None)
+        self.remove(connection)
 
     def _publish(self, connection: Connection, effect: Publish) -> None:
         if not self.fresh():

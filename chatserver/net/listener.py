@@ -56,6 +56,8 @@ class Listener:
         self._server: asyncio.Server | None = None
         self._budgets: OrderedDict[str, Budget] = OrderedDict()
         self._pending: set[Connection] = set()
+        self._open = 0
+        self._emptied = asyncio.Event()
         self._draining = False
         self.refused: Counter[str] = Counter()
         """Handshakes by the code they were refused with, since the last report."""
@@ -77,6 +79,16 @@ class Listener:
         if self._server is not None:
             self._server.close()
 
+    async def wait_emptied(self, seconds: float) -> None:
+        """Until the last socket is closed, or the time is over."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self._open:
+                    self._emptied.clear()
+                    await self._emptied.wait()
+        except TimeoutError:
+            log.info("left behind", connections=self._open)
+
     def report(self) -> None:
         """One line for however many handshakes were refused."""
         if self.refused:
@@ -86,6 +98,7 @@ class Listener:
     # Connection's owner.
 
     def connected(self, connection: Connection) -> None:
+        self._open += 1
         self._pending.add(connection)
         connection.set_deadline(self._deadline)
         if len(self._pending) > PENDING_HANDSHAKES:
@@ -122,6 +135,8 @@ class Listener:
         self._hub.drained(connection)
 
     def lost(self, connection: Connection) -> None:
+        self._open -= 1
+        self._emptied.set()
         self._pending.discard(connection)
         self._hub.remove(connection)
 

@@ -33,13 +33,14 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from chatserver import telemetry
 from chatserver.core.errors import StoreUnavailable
 
-ROUND_TRIP_SECONDS = 0.5
+ROUND_TRIP_SECONDS = 0.4
 """A pipeline's deadline. A second one may have to fail before a waiting command is answered,
 and protocol.md promises ``unavailable`` within a second."""
 LANE_COMMANDS = 20_000
 """A lane's bound; a command beyond it is unavailable at once."""
 RETRY_SECONDS = (0.05, 1.0)
 """Reconnecting: the first wait and the longest."""
+PING_SECONDS = 1.0
 DEAF_SECONDS = 3.0
 """A subscription that hears not even a pong for so long is connected anew."""
 
@@ -272,16 +273,18 @@ class Subscription:
             tasks.create_task(self._read())
 
     async def _write(self) -> None:
-        """Send what changed; ping once a second, for redis-py can go deaf without an error."""
+        """Send what changed, and pings, for redis-py can go deaf without an error."""
         loop = asyncio.get_running_loop()
+        ping_at = loop.time() + PING_SECONDS
         while True:
             try:
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout_at(ping_at):
                     await self._changed.wait()
             except TimeoutError:
                 if loop.time() - self._heard_at > DEAF_SECONDS:
                     raise
                 await self._send("PING")
+                ping_at = loop.time() + PING_SECONDS
             self._changed.clear()
             changes, self._unsent = self._unsent, {}
             fresh = [channel for channel, wanted in changes.items() if wanted]
