@@ -1,0 +1,480 @@
+"""Fan-out against a model of the store: a log that answers late, pub/sub that loses and doubles."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from chatserver.core.errors import SLOW_CONSUMER, Disconnect, StoreUnavailable
+from chatserver.core.frames import Since
+from chatserver.core.room import Event, Reading
+from chatserver.net.connection import Connection, Phase
+from chatserver.net.fanout import WRITES_PER_ITERATION, Fanout
+from chatserver.store.log import channel
+
+ROOM = "general"
+Answer = Callable[[Reading | StoreUnavailable], None]
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is written, one entry a write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        self.writes.append(bytes(data))
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return False
+
+
+class Log:
+    """A room's log and its readings, which are taken and answered when the test says so."""
+
+    def __init__(self) -> None:
+        self.epoch = "e1"
+        self.events: list[Event] = []
+        self.top = 0
+        self.asked: list[tuple[dict[str, Any], Answer]] = []
+
+    def append(self, origin: str | None = None) -> Event:
+        self.top += 1
+        payload = b'{"type":"message","room":"general","offset":%d}' % self.top
+        event = Event(self.epoch, self.top, payload, origin)
+        self.events.append(event)
+        return event
+
+    def restart_empty(self, epoch: str) -> None:
+        self.epoch, self.events, self.top = epoch, [], 0
+
+    def read(self, room: str, done: Answer, **asked: Any) -> None:
+        assert room == ROOM
+        self.asked.append((asked, done))
+
+    def take(self, asked: dict[str, Any]) -> Reading:
+        """As store/lua/read.lua."""
+        first = self.events[0].offset if self.events else self.top + 1
+        after = asked.get("after")
+        reaches = after is not None and first - 1 <= after <= self.top
+        if reaches and asked.get("epoch", "") in ("", self.epoch):
+            events = [e for e in self.events if e.offset > after][: asked.get("onwards", 8)]
+        else:
+            count = min(asked.get("backwards", 8), 8)
+            events = self.events[-count:] if count else []
+        # The log keeps no origin: what is replayed is shown to everyone.
+        plain = [event._replace(origin=None) for event in events]
+        return Reading(self.epoch, self.top, first, plain)
+
+    def answer_all(self) -> None:
+        while self.asked:
+            asked, done = self.asked.pop(0)
+            done(self.take(asked))
+
+
+class Subscriptions:
+    def __init__(self) -> None:
+        self.channels: set[str] = set()
+
+    def subscribe(self, name: str) -> None:
+        self.channels.add(name)
+
+    def unsubscribe(self, name: str) -> None:
+        self.channels.discard(name)
+
+
+class House:
+    """A fan-out with its surroundings."""
+
+    def __init__(self) -> None:
+        self.log = Log()
+        self.is_fresh = True
+        self.disconnected: list[tuple[Connection, Disconnect]] = []
+        self.fanout = Fanout(
+            self.log,  # type: ignore[arg-type]
+            fresh=lambda: self.is_fresh,
+            disconnect=lambda connection, why: self.disconnected.append((connection, why)),
+        )
+        self.subscriptions = Subscriptions()
+        self.fanout.attach(self.subscriptions)  # type: ignore[arg-type]
+
+    def connection(self, name: str = "c") -> Connection:
+        connection = Connection(None, 65536)  # type: ignore[arg-type]
+        connection.transport = Transport()
+        connection.phase = Phase.OPEN
+        connection.id = name
+        connection.expires_at = time.time() + 900
+        return connection
+
+    def join(self, connection: Connection, since: Since | None = None, last: int = 0) -> None:
+        """As the hub does, once the answer is there."""
+
+        def opened(reading: Reading | StoreUnavailable) -> None:
+            assert isinstance(reading, Reading)
+            start = max(reading.top - last, reading.first - 1) if since is None else since.offset
+            self.fanout.admit(connection, ROOM, start, reading)
+
+        self.fanout.join(ROOM, since, last, opened)
+
+    def confirm(self) -> None:
+        self.fanout.confirm(channel(ROOM))
+
+    def joined(self, name: str = "c") -> Connection:
+        connection = self.connection(name)
+        self.join(connection)
+        self.confirm()
+        self.log.answer_all()
+        return connection
+
+    def hear(self, event: Event) -> None:
+        origin = (event.origin or "-").encode()
+        payload = b"%b %d %b %b" % (event.epoch.encode(), event.offset, origin, event.payload)
+        self.fanout.receive_live(channel(ROOM), payload)
+
+    def publish(self, origin: str | None = None) -> None:
+        self.hear(self.log.append(origin))
+
+
+def writes(connection: Connection) -> list[bytes]:
+    assert isinstance(connection.transport, Transport)
+    return connection.transport.writes
+
+
+def seen(connection: Connection) -> list[dict[str, Any]]:
+    """The frames written so far."""
+    data, frames = b"".join(writes(connection)), []
+    while data:
+        size, start = data[1], 2
+        if size == 126:
+            size, start = int.from_bytes(data[2:4], "big"), 4
+        frames.append(json.loads(data[start : start + size]))
+        data = data[start + size :]
+    return frames
+
+
+def offsets(connection: Connection) -> list[int]:
+    return [frame["offset"] for frame in seen(connection) if frame["type"] != "reset"]
+
+
+async def settle() -> None:
+    """Let everything that is scheduled run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_tick_of_events_is_one_write_to_each_member() -> None:
+    house = House()
+    members = [house.joined("a"), house.joined("b")]
+    for _ in range(5):
+        house.publish()
+    await settle()
+
+    for member in members:
+        assert len(writes(member)) == 1
+        assert offsets(member) == [1, 2, 3, 4, 5]
+
+
+async def test_nothing_is_read_before_the_subscription_is_confirmed() -> None:
+    house = House()
+    house.join(house.connection())
+
+    assert house.log.asked == []
+    house.confirm()
+    assert len(house.log.asked) == 1
+
+
+async def test_a_subscription_that_is_never_confirmed_fails_the_join(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chatserver.net.fanout.CONFIRM_SECONDS", 0.0)
+    house = House()
+    failed: list[object] = []
+    house.fanout.join(ROOM, None, 0, failed.append)
+    while not failed:
+        await asyncio.sleep(0)
+
+    assert isinstance(failed[0], StoreUnavailable)
+
+
+async def test_what_comes_between_subscription_and_reading_is_delivered_once() -> None:
+    house = House()
+    for _ in range(3):
+        house.log.append()
+    connection = house.connection()
+    house.join(connection, last=2)
+    house.confirm()
+    house.publish()  # heard before the answer, and in the answer
+    house.log.answer_all()
+    house.publish()
+    await settle()
+
+    assert offsets(connection) == [3, 4, 5]
+
+
+async def test_the_sender_that_wants_no_echo_sees_a_skip_in_its_place() -> None:
+    house = House()
+    sender, other = house.joined("s"), house.joined("o")
+    house.publish()
+    house.publish(origin="s")
+    await settle()
+
+    assert [frame["type"] for frame in seen(sender)] == ["message", "skip"]
+    assert [frame["type"] for frame in seen(other)] == ["message", "message"]
+    assert offsets(sender) == [1, 2]
+
+
+async def test_a_hole_is_filled_from_the_log_before_anything_later() -> None:
+    house = House()
+    connection = house.joined()
+    house.publish()
+    house.log.append()  # lost on the way
+    house.publish()
+    await settle()
+    assert offsets(connection) == [1]
+
+    house.log.answer_all()
+    await settle()
+    assert offsets(connection) == [1, 2, 3]
+
+
+async def test_a_lost_last_message_is_found_when_the_subscription_is_confirmed_again() -> None:
+    house = House()
+    connection = house.joined()
+    house.log.append()
+    house.confirm()
+    house.log.answer_all()
+    await settle()
+
+    assert offsets(connection) == [1]
+
+
+async def test_a_failed_repair_is_tried_again() -> None:
+    house = House()
+    connection = house.joined()
+    house.log.append()
+    house.publish()
+    _, done = house.log.asked.pop()
+    done(StoreUnavailable("away"))
+    house.fanout.tick()
+    house.log.answer_all()
+    await settle()
+
+    assert offsets(connection) == [1, 2]
+
+
+async def test_an_expired_connection_gets_nothing_and_later_everything() -> None:
+    house = House()
+    connection, other = house.joined("expired"), house.joined("other")
+    connection.expires_at = time.time() - 1
+    house.publish()
+    await settle()
+    house.publish()
+    await settle()
+    assert offsets(connection) == []
+    assert offsets(other) == [1, 2]
+
+    connection.expires_at = time.time() + 900
+    house.fanout.catch_up(connection)
+    house.log.answer_all()
+    await settle()
+    assert offsets(connection) == [1, 2]
+
+
+async def test_one_that_is_held_back_is_not_waited_for() -> None:
+    house = House()
+    slow, quick = house.joined("slow"), house.joined("quick")
+    slow.writing_paused = True
+    house.fanout.hold_back(slow)
+    for _ in range(20):
+        house.publish()
+        await settle()
+    assert offsets(quick) == list(range(1, 21))
+    assert offsets(slow) == []
+
+    slow.writing_paused = False
+    house.fanout.catch_up(slow)
+    while house.log.asked:
+        house.log.answer_all()
+    house.publish()
+    await settle()
+    assert offsets(slow) == list(range(1, 22))
+
+
+async def test_one_whose_place_is_no_longer_in_the_log_is_sent_away() -> None:
+    house = House()
+    slow = house.joined("slow")
+    house.fanout.hold_back(slow)
+    for _ in range(10):
+        house.publish()
+    await settle()
+    house.log.events = house.log.events[5:]
+    member = slow.memberships[ROOM]
+    member.room.forget()
+    house.fanout.catch_up(slow)
+    house.log.answer_all()
+
+    assert house.disconnected == [(slow, SLOW_CONSUMER)]
+
+
+async def test_a_huge_room_is_written_to_over_several_iterations() -> None:
+    house = House()
+    members = [house.joined(f"m{i}") for i in range(WRITES_PER_ITERATION + 10)]
+    house.publish()
+    await asyncio.sleep(0)
+    served = sum(bool(writes(member)) for member in members)
+    assert served == WRITES_PER_ITERATION
+
+    last = members[-1]
+    house.fanout.leave(last, ROOM)
+    house.publish()
+    await settle()
+    assert offsets(last) == []
+    assert all(offsets(member) == [1, 2] for member in members[:-1])
+
+
+async def test_nothing_is_delivered_while_revocations_are_not_current() -> None:
+    house = House()
+    connection = house.joined()
+    house.is_fresh = False
+    house.publish()
+    house.fanout.tick()
+    await settle()
+    assert offsets(connection) == []
+
+    house.is_fresh = True
+    house.fanout.tick()
+    house.log.answer_all()
+    await settle()
+    assert offsets(connection) == [1]
+
+
+async def test_events_already_waiting_are_held_when_revocations_go_stale() -> None:
+    house = House()
+    connection = house.joined()
+    house.publish()
+    house.is_fresh = False
+    await settle()
+    assert offsets(connection) == []
+
+    house.is_fresh = True
+    house.fanout.tick()
+    await settle()
+    assert offsets(connection) == [1]
+
+
+async def test_an_emptied_store_is_told_with_a_reset_and_the_new_events_follow() -> None:
+    house = House()
+    connection = house.joined()
+    house.publish()
+    house.log.restart_empty("e2")
+    house.publish()
+    house.log.answer_all()
+    house.publish()
+    await settle()
+
+    assert [(frame["type"], frame["offset"]) for frame in seen(connection)] == [
+        ("message", 1),
+        ("reset", 0),
+        ("message", 1),
+        ("message", 2),
+    ]
+
+
+async def test_garbage_on_the_channel_is_ignored_and_counted() -> None:
+    house = House()
+    connection = house.joined()
+    for payload in (b"", b"x", b"e1 one - {}", b"e1 1 - nonsense", b"\xff \xff \xff {", b"a b c d"):
+        house.fanout.receive_live(channel(ROOM), payload)
+    house.publish()
+    await settle()
+
+    assert house.fanout.garbage == 6
+    assert offsets(connection) == [1]
+
+
+async def test_an_empty_room_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House()
+    connection = house.joined()
+    house.fanout.leave_all(connection)
+    house.fanout.tick()
+    assert len(house.fanout) == 1
+
+    monkeypatch.setattr("chatserver.net.fanout.LINGER_SECONDS", -1.0)
+    house.fanout.tick()
+    assert len(house.fanout) == 0
+    assert house.subscriptions.channels == set()
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_every_member_sees_each_event_once_and_in_order(seed: int) -> None:
+    """Whatever the store loses, doubles and answers late, and whoever comes, stalls and goes."""
+    chance = random.Random(seed)
+    house = House()
+    connections = [house.connection(f"c{i}") for i in range(4)]
+    in_flight: list[Event] = []
+    started: set[str] = set()
+
+    def publish() -> None:
+        event = house.log.append(origin=chance.choice([None, None, "c0"]))
+        if chance.random() < 0.85:
+            in_flight.append(event)
+        if chance.random() < 0.1:
+            in_flight.append(event)
+
+    def hear() -> None:
+        if in_flight:
+            house.hear(in_flight.pop(0 if chance.random() < 0.8 else -1))
+
+    def answer() -> None:
+        if house.log.asked:
+            asked, done = house.log.asked.pop(chance.randrange(len(house.log.asked)))
+            # A join's own reading does not fail here: the hub would have to abandon it.
+            fails = chance.random() < 0.1 and "backwards" not in asked
+            done(StoreUnavailable("away") if fails else house.log.take(asked))
+
+    def join() -> None:
+        connection = chance.choice(connections)
+        if connection.id not in started:
+            started.add(connection.id)
+            house.join(connection, last=chance.choice([0, 3]))
+            house.confirm()
+
+    def stall() -> None:
+        connection = chance.choice(connections)
+        connection.writing_paused = True
+        house.fanout.hold_back(connection)
+
+    def drain() -> None:
+        connection = chance.choice(connections)
+        connection.writing_paused = False
+        house.fanout.catch_up(connection)
+
+    steps = [publish, publish, hear, hear, answer, answer, join, stall, drain, house.fanout.tick]
+    for _ in range(400):
+        chance.choice(steps)()
+        if chance.random() < 0.5:
+            await asyncio.sleep(0)
+
+    for connection in connections:
+        connection.writing_paused = False
+        house.fanout.catch_up(connection)
+    house.confirm()
+    for _ in range(200):
+        house.fanout.tick()
+        house.log.answer_all()
+        await settle()
+    for connection in connections:
+        if connection.id in started:
+            got = offsets(connection)
+            assert got == list(range(house.log.top - len(got) + 1, house.log.top + 1))
+            assert not house.disconnected
