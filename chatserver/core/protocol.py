@@ -15,7 +15,6 @@ pages of history) are under way together; another kind waits until they are done
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
@@ -230,9 +229,9 @@ class ChatProtocol:
         self._sends = Budget(limits.send_rate, limits.send_burst, now)
         self._commands = Budget(limits.command_rate, limits.command_burst, now)
         self._patience: Patience | None = None
-        # None where a connection that never commands anything would carry an empty container.
-        self._started: deque[Exchange] | None = None
-        self._waiting: deque[Exchange] | None = None
+        # Lists, for they are short, and an empty deque would cost every idle socket 700 bytes.
+        self._started: list[Exchange] = []
+        self._waiting: list[Exchange] = []
         self._refs: dict[int, tuple[Exchange, int]] = {}
         self._next_ref = 0
         self._expiring_told = False
@@ -253,7 +252,7 @@ class ChatProtocol:
     @property
     def congested(self) -> bool:
         """So many commands are unanswered that no more should be read."""
-        return len(self._refs) + (len(self._waiting) if self._waiting else 0) >= CONGESTED
+        return len(self._refs) + len(self._waiting) >= CONGESTED
 
     def wake_at(self) -> float:
         """When ``handle_timer`` is wanted next."""
@@ -282,8 +281,6 @@ class ChatProtocol:
         self._charge(exchange, now)
         if self.closed:
             return
-        if self._started is None or self._waiting is None:
-            self._started, self._waiting = deque(), deque()
         self._waiting.append(exchange)
         self._advance(now)
 
@@ -321,7 +318,8 @@ class ChatProtocol:
             return
         self._state = State.CLOSED
         self._refs.clear()
-        self._started = self._waiting = None
+        self._started.clear()
+        self._waiting.clear()
         self._effects.append(Close(why))
 
     # The order of commands.
@@ -332,11 +330,10 @@ class ChatProtocol:
         while progress and self._state is not State.CLOSED:
             progress = False
             while self._started and self._started[0].missing == 0:
-                self._finish(self._started.popleft(), now)
+                self._finish(self._started.pop(0), now)
                 progress = True
             while self._waiting and self._may_start(self._waiting[0]):
-                exchange = self._waiting.popleft()
-                assert self._started is not None
+                exchange = self._waiting.pop(0)
                 self._started.append(exchange)
                 self._start(exchange, now)
                 progress = True

@@ -236,9 +236,11 @@ class Connection(asyncio.BufferedProtocol):
         """What websockets makes of the request: a 101 to be sent, or why not."""
         return self._websocket.accept(request)
 
-    def open(self, response: Response) -> None:
+    def open(self, request: Request, response: Response) -> None:
         """Send the 101: from here on there are messages."""
         self.cancel_deadline()
+        # websockets' parser keeps the request: 2.5 KB a socket, and the token among it.
+        request.headers.clear()
         self._websocket.send_response(response)
         self.phase = Phase.OPEN
         self._flush()

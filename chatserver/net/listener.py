@@ -179,7 +179,7 @@ class Listener:
             self._pending.discard(connection)
             if attempt.subprotocol is not None:
                 response.headers["Sec-WebSocket-Protocol"] = attempt.subprotocol
-            connection.open(response)
+            connection.open(request, response)
             self._hub.add(connection, identity)
 
     def _refuse(
