@@ -137,8 +137,8 @@ def parse_command(data: bytes) -> Command:
         raise InvalidCommand(
             ReplyCode.INVALID, id=_id_of(document), path=_path_of(str(error))
         ) from None
-    except RecursionError:  # msgspec's own, from unknown members nested a thousand deep
-        raise InvalidCommand(ReplyCode.INVALID, id=_id_of(document), path="$") from None
+    except RecursionError:  # msgspec's own, from members nested hundreds deep
+        raise _unreadable(document) from None
     if type(command) is Send:
         _check_send(command, document)
     elif type(command) is History and not (command.before is UNSET or command.after is UNSET):
@@ -153,27 +153,27 @@ def _check_send(command: Send, document: dict[str, object]) -> None:
         path = "$.room"
     elif command.rooms is not UNSET and len(set(command.rooms)) != len(command.rooms):
         path = "$.rooms"
-    elif _too_deep(bytes(command.body), document["body"]):
+    elif _too_deep(bytes(command.body)):
         path = "$.body"
     if path:
         raise InvalidCommand(ReplyCode.INVALID, id=command.reply_to, path=path)
 
 
-def _too_deep(raw: bytes, body: object) -> bool:
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
+_ROUND = bytes.maketrans(b"[{]}", b"(())")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _too_deep(raw: bytes) -> bool:
     # Fewer brackets than levels allowed: no need to look, which is nearly every message.
     if raw.count(b"[") + raw.count(b"{") <= BODY_DEPTH:
         return False
-    level = [body]
+    # The bytes are judged, not what was made of them: of two members of one name the parsed
+    # body has but the last. Each round peels off what is innermost everywhere.
+    brackets = _STRING.sub(b"", raw).translate(_ROUND, _NO_BRACKETS)
     for _ in range(BODY_DEPTH):
-        level = [
-            child
-            for value in level
-            if isinstance(value, dict | list)
-            for child in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return False
-    return any(isinstance(value, dict | list) for value in level)
+        brackets = brackets.replace(b"()", b"")
+    return bool(brackets)
 
 
 def _refuse(data: bytes) -> NoReturn:
@@ -183,17 +183,47 @@ def _refuse(data: bytes) -> NoReturn:
     except UnicodeDecodeError:
         raise NotText from None
     try:
-        document = json.loads(
-            text, parse_int=_bounded, parse_float=str, parse_constant=_no_constant
-        )
+        document = _loads(text)
     except ValueError:
         raise NotAFrame from None
     except RecursionError:
-        raise InvalidCommand(ReplyCode.INVALID, id=None, path="$") from None
+        try:
+            document = _loads(_shallow(text))
+        except ValueError:
+            raise NotAFrame from None
     if not isinstance(document, dict):
         raise NotAFrame
+    raise _unreadable(document)
+
+
+def _unreadable(document: dict[str, object]) -> InvalidCommand:
     path = "$.body" if "body" in document else "$"
-    raise InvalidCommand(ReplyCode.INVALID, id=_id_of(document), path=path)
+    return InvalidCommand(ReplyCode.INVALID, id=_id_of(document), path=path)
+
+
+def _loads(text: str) -> object:
+    return json.loads(text, parse_int=_bounded, parse_constant=_no_constant)
+
+
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]')
+
+
+def _shallow(text: str) -> str:
+    """The outermost value with null for what nests in it: enough to find the id to answer."""
+    kept: list[str] = []
+    depth = start = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        if found[0] in "[{":
+            depth += 1
+            if depth == 2:
+                kept += text[start : found.start()], "null"
+        elif found[0] in "]}":
+            depth -= 1
+            if depth == 1:
+                start = found.end()
+    if depth:
+        raise ValueError("brackets without end")
+    return "".join([*kept, text[start:]])
 
 
 def _bounded(digits: str) -> int:

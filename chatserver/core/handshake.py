@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
@@ -153,11 +160,10 @@ def client_address(request: Request, policy: Policy) -> str:
     hops = [hop.strip() for value in request.all("x-forwarded-for") for hop in value.split(",")]
     while hops and _trusted(address, policy):
         address = hops.pop()
-    try:
-        parsed = ip_address(address)
-    except ValueError:
+    parsed = _parse_address(address)
+    if parsed is None:
         return request.peer
-    return str(ip_network((parsed, 64), strict=False)) if parsed.version == 6 else address
+    return str(ip_network((parsed, 64), strict=False) if parsed.version == 6 else parsed)
 
 
 def _secure(request: Request, policy: Policy) -> bool:
@@ -170,11 +176,18 @@ def _secure(request: Request, policy: Policy) -> bool:
 def _trusted(address: str, policy: Policy) -> bool:
     if not policy.trusted_proxies:
         return False
+    parsed = _parse_address(address)
+    return parsed is not None and any(parsed in network for network in policy.trusted_proxies)
+
+
+def _parse_address(text: str) -> IPv4Address | IPv6Address | None:
     try:
-        parsed = ip_address(address)
+        address = ip_address(text)
     except ValueError:
-        return False
-    return any(parsed in network for network in policy.trusted_proxies)
+        return None
+    # What a dual-stack socket calls an IPv4 peer; all of them share one /64.
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
 
 
 def _allowed(origin: str, policy: Policy) -> bool:
@@ -182,7 +195,7 @@ def _allowed(origin: str, policy: Policy) -> bool:
         return origin in policy.origins
     try:
         parts = urlsplit(origin)
-        exact = f"{parts.scheme}://{parts.netloc}" == origin and not parts.username
+        exact = f"{parts.scheme}://{parts.netloc}" == origin and "@" not in parts.netloc
         return exact and parts.scheme in ("http", "https") and parts.hostname in _LOOPBACK_NAMES
     except ValueError:
         return False

@@ -115,14 +115,15 @@ class Feed:
     should be under way at a time.
     """
 
-    __slots__ = ("_held", "_overflowed", "behind", "epoch", "offset")
+    __slots__ = ("_again", "_held", "behind", "epoch", "offset")
 
     def __init__(self) -> None:
         self.epoch = ""
         self.offset: int | None = None
         self.behind = False
         self._held: list[Event] = []
-        self._overflowed = False
+        # The reading under way may lack what was missed since it was taken: one more is wanted.
+        self._again = False
 
     def start(self, reading: Reading) -> Step:
         """The first reading after the subscription was confirmed gives the place to begin."""
@@ -140,12 +141,13 @@ class Feed:
                 return Step([event])
             if event.offset <= self.offset:
                 return _NOTHING
+        # Not held: the reading that is wanted now has it, or tells that its epoch has ended.
         self.behind = True
-        self._hold(event)
         return _NOTHING
 
     def miss(self) -> None:
         """What comes next must be read from the log, though it be heard of."""
+        self._again |= self.behind
         self.behind = True
 
     def receive_reading(self, reading: Reading) -> Step:
@@ -169,10 +171,15 @@ class Feed:
 
     def _release(self, events: list[Event], *, reset: bool) -> Step:
         held, self._held = self._held, []
-        self.behind = self.behind or self._overflowed
-        self._overflowed = False
+        self.behind = self.behind or self._again
+        self._again = False
         for event in held:
-            events += self.receive_live(event).events
+            if event.epoch == self.epoch:
+                events += self.receive_live(event).events
+            else:
+                # Of an epoch that has ended, or of one begun after this reading: the next tells.
+                # Held any longer, the former would ask for a reading for ever.
+                self.behind = True
         return Step(events, reset)
 
     def _hold(self, event: Event) -> None:
@@ -180,4 +187,4 @@ class Feed:
         if len(self._held) < HELD_EVENTS:
             self._held.append(event)
         else:
-            self._overflowed = True
+            self._again = True

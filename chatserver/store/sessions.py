@@ -127,17 +127,21 @@ class Mirror:
 
     async def _came_back_other(self, incarnation: bytes, latest: str) -> bool:
         """The store was emptied, or is an older copy: give back what is known here, reload."""
-        known, self._incarnation = self._incarnation, incarnation
+        known = self._incarnation
         lost = _place(latest) < _place(self._last) and latest != "0-0"
         if known in (None, incarnation) and not lost:
+            self._incarnation = incarnation
             return False
+        # No store's name: should writing back fail half way, all of it is done again.
+        self._incarnation = b""
         self._last = "0-0"
         now = time.time()
         kept = [entry for entry in self._list.entries() if entry.until > now]
         log.warning("store has lost revocations", written_back=len(kept))
         for entry in kept:
-            seconds = int(entry.until - now) + 1
+            seconds = min(int(entry.until - now) + 1, REVOCATION_SECONDS)
             await self._lane.call(_revoke_command(entry.kind, entry.value, seconds, entry.cutoff))
+        self._incarnation = incarnation
         return True
 
     def _apply(self, flat: list[bytes]) -> None:
@@ -145,7 +149,7 @@ class Mirror:
             texts = [text.decode() for text in flat]
             fields = dict(zip(texts[::2], texts[1::2], strict=True))
             revocation = Revocation(
-                Kind(fields["kind"]), fields["value"], float(fields["until"]), int(fields["cutoff"])
+                Kind(fields["kind"]), fields["value"], int(fields["until"]), int(fields["cutoff"])
             )
         except (KeyError, ValueError):
             log.warning("ignored an entry that is no revocation")

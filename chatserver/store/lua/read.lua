@@ -40,6 +40,9 @@ if onwards and ARGV[9] ~= '1' then
   onwards = after >= first - 1 and after <= top
 end
 local wanted = tonumber(onwards and ARGV[6] or ARGV[7])
+if before == 0 then
+  wanted = 0 -- before the first place; (0-0 would be no valid id
+end
 local room = tonumber(ARGV[8])
 
 -- In small steps, so that a thousand large events never stand in memory to be thrown away.

@@ -1,0 +1,560 @@
+"""The command line. Commands, what they print, and exit codes; what they do is elsewhere.
+
+Standard output has what was asked for and nothing else; advice and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import shlex
+import socket
+import time
+from base64 import urlsafe_b64decode
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import click
+
+from chatserver import supervisor, telemetry
+from chatserver.core.errors import StoreUnavailable, TokenRefused
+from chatserver.core.session import Kind
+from chatserver.settings import (
+    ConfigurationError,
+    Settings,
+    command,
+    development_secret,
+    load,
+    unknown_variables,
+    variable,
+)
+from chatserver.store.embedded import OLDEST, StoreFailed, executable, socket_url
+from chatserver.store.keyring import Keyring
+from chatserver.supervisor import (
+    EXIT_CONFIGURATION,
+    EXIT_INTERNAL,
+    EXIT_OK,
+    EXIT_STORE,
+    Address,
+)
+
+EXIT_NO = 1
+CUTOFF_SECONDS = 0.5
+"""How long issuing a token waits for a store, which it can do without."""
+
+EXIT_CODES = """\b
+Exit codes:
+  0   it is done; the server stopped as it was told to
+  1   the answer is no: a token is not good, a chat was refused
+  2   the command line is wrong
+  69  the store cannot be reached
+  70  the server failed, or its workers keep dying
+  78  the configuration is wrong
+
+Settings come from CHATSERVER_* variables and from a file .env in the current directory; every one
+is in docs/configuration.md."""
+
+log = telemetry.logger("cli")
+
+
+class Commands(click.Group):
+    """The commands, with their failures as exit codes and sentences."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except ConfigurationError as error:
+            complain(*error.reasons)
+            context.exit(EXIT_CONFIGURATION)
+        except (StoreFailed, StoreUnavailable) as error:
+            complain(str(error))
+            context.exit(EXIT_STORE)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # Click has the words and the codes for these.
+        except Exception:  # The last place to say in the log, redacted, that it is our bug.
+            log.critical("failed", exc_info=True)
+            context.exit(EXIT_INTERNAL)
+
+
+def complain(*sentences: str) -> None:
+    for sentence in sentences:
+        click.echo(f"chatserver: {telemetry.redact(sentence)}", err=True)
+
+
+@click.group(
+    cls=Commands,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+def main() -> None:
+    """A real-time WebSocket chat server."""
+    telemetry.configure("critical")  # The short commands speak for themselves.
+
+
+# -- serve and its workers --------------------------------------------------------------------
+
+
+@main.command(
+    epilog="""\b
+Example:
+  chatserver serve --port 8001 --workers 2
+
+Ctrl-C once sends the clients away and ends; twice ends at once."""
+)
+@click.option("--host", help="Address to listen on.  [default: CHATSERVER_HOST or 127.0.0.1]")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="Port to listen on; 0 takes any free one.  [default: CHATSERVER_PORT or 8000]",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    help="Worker processes; one per core is best.  [default: CHATSERVER_WORKERS or 1]",
+)
+@click.option(
+    "--redis-url",
+    metavar="URL",
+    help="The Redis or Valkey to use, as redis://host:6379/0. Other users of this machine can see "
+    "it: a URL with a password belongs in CHATSERVER_REDIS_URL.  [default: CHATSERVER_REDIS_URL, "
+    "or in development a private store]",
+)
+@click.pass_context
+def serve(
+    context: click.Context,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    redis_url: str | None,
+) -> None:
+    """Run the server until it is told to stop."""
+    settings = load(host=host, port=port, workers=workers, redis_url=redis_url)
+    telemetry.configure(settings.log_level)
+    for name in unknown_variables():
+        complain(f"{name} is not a setting and is ignored; is it misspelt?")
+    context.exit(supervisor.run(settings, lambda address: _announce(settings, address)))
+
+
+def _announce(settings: Settings, address: Address) -> None:
+    log.info("ready", host=address.host, port=address.port, workers=settings.workers)
+    if not settings.production:
+        # Whoever started it may not be reading along any more.
+        with suppress(OSError):
+            click.echo(banner(settings, address))
+
+
+def banner(settings: Settings, address: Address) -> str:
+    """What a newcomer has to know, with commands that work as they stand in any directory."""
+    url = url_of(settings, address.port)
+    me = " ".join([*_variables(settings), shlex.quote(command())])
+    usual = Settings.model_fields
+    moved = (address.port, settings.host) != (usual["port"].default, usual["host"].default)
+    link = f" --url {url}" if moved or settings.tls_certfile else ""
+    lines = [
+        "",
+        f"The chat server listens on {url}",
+        "",
+        "To chat, type in a second terminal, and with another name in a third:",
+        f"    {me} chat --room general --user bob{link}",
+        "For a client of your own, get a token (it is good for 15 minutes):",
+        f"    {me} token issue --user alice --role member",
+    ]
+    if settings.secret is not None:
+        lines.append("Both need the same CHATSERVER_SECRET as this server.")
+    return "\n".join([*lines, "Ctrl-C stops the server.", ""])
+
+
+def _variables(settings: Settings) -> list[str]:
+    """What the other terminal's commands must be told, as a shell takes it."""
+    fields = Settings.model_fields
+    return [
+        f"{variable(name)}={shlex.quote(str(getattr(settings, name)))}"
+        for name in ("data_dir", "issuer", "audience")
+        if getattr(settings, name) != fields[name].get_default(call_default_factory=True)
+    ]
+
+
+def url_of(settings: Settings, port: int) -> str:
+    """Where a client on this machine connects."""
+    host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    scheme = "wss" if settings.tls_certfile else "ws"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1/ws"
+
+
+@main.command(hidden=True)
+@click.option("--fd", type=int, required=True, help="The listening socket.")
+@click.option("--ready-fd", type=int, required=True, help="Where to write a byte when serving.")
+@click.pass_context
+def worker(context: click.Context, fd: int, ready_fd: int) -> None:
+    """Serve on a socket that the supervisor has bound. Only the supervisor calls this."""
+    settings = load(env_file=None)  # The supervisor has read it, and passes on what it found.
+    telemetry.configure(settings.log_level)
+    from chatserver import app
+
+    def ready() -> None:
+        os.write(ready_fd, b"1")
+        os.close(ready_fd)
+
+    listener = socket.socket(fileno=fd)
+    listener.setblocking(False)
+    context.exit(app.run(settings, listener, ready))
+
+
+# -- tokens -----------------------------------------------------------------------------------
+
+
+@main.group()
+def token() -> None:
+    """Issue and inspect access tokens."""
+
+
+class Issued(NamedTuple):
+    access_token: str
+    user: str
+    session: str
+    token_id: str
+    roles: list[str]
+    rooms: dict[str, str] | None
+    issued_at: int
+    expires_at: int
+    kid: str
+
+
+def _rights(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str] | None:
+    rooms: dict[str, str] = {}
+    for text in given:
+        pattern, separator, rights = text.rpartition("=")
+        if not separator or pattern in rooms:
+            raise click.BadParameter(
+                "must be PATTERN=RIGHTS, each pattern once, as in general=rw or team-*=r"
+            )
+        rooms[pattern] = rights
+    return rooms or None
+
+
+@token.command(
+    epilog="""\b
+Examples:
+  chatserver token issue --user alice
+  chatserver token issue --user alice --room general=rw --room 'news-*=r' --ttl 60"""
+)
+@click.option("--user", required=True, help="Whose token it is: the `sub` claim.")
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    default=("member",),
+    show_default=True,
+    help="A role: guest, member, moderator, admin, service. Give it once for each.",
+)
+@click.option(
+    "--room",
+    "rooms",
+    multiple=True,
+    metavar="PATTERN=RIGHTS",
+    callback=_rights,
+    help="Rights in a room, or in all whose name begins so (team-*): r join and read, w send, m "
+    "moderate. With it, roles give no rights in rooms.",
+)
+@click.option("--session", help="The session it belongs to.  [default: a new one]")
+@click.option(
+    "--ttl",
+    type=click.IntRange(1, 900),
+    default=900,
+    show_default=True,
+    help="Seconds until it expires.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object with all there is.")
+def issue(
+    user: str,
+    roles: tuple[str, ...],
+    rooms: dict[str, str] | None,
+    session: str | None,
+    ttl: int,
+    as_json: bool,
+) -> None:
+    """Print an access token, and nothing else.
+
+    It is signed with CHATSERVER_SECRET, in development with the secret in the data directory.
+    """
+    settings = load()
+    issued = asyncio.run(_issue(settings, user, roles, rooms, session or _new_session(), ttl))
+    click.echo(json.dumps(issued._asdict(), indent=2) if as_json else issued.access_token)
+
+
+def _new_session() -> str:
+    return "s-" + secrets.token_hex(8)
+
+
+async def _issue(
+    settings: Settings,
+    user: str,
+    roles: tuple[str, ...],
+    rooms: dict[str, str] | None,
+    session: str,
+    ttl: int,
+) -> Issued:
+    keyring = keyring_of(settings)
+    # A revocation of the user covers its whole second: a login right after it comes later.
+    issued_at = max(int(time.time()), await _cutoff(settings, user) + 1)
+    token_id = "t-" + secrets.token_hex(8)
+    try:
+        text = keyring.issue(
+            user=user,
+            session=session,
+            roles=roles,
+            rooms=rooms,
+            issued_at=issued_at,
+            ttl=ttl,
+            token_id=token_id,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    expires_at = issued_at + ttl
+    return Issued(
+        text, user, session, token_id, list(roles), rooms, issued_at, expires_at, keyring.kid
+    )
+
+
+async def _cutoff(settings: Settings, user: str) -> int:
+    """The user's last revocation, as far as a store can be reached at once."""
+    from chatserver.store import sessions
+    from chatserver.store.link import Store
+
+    with suppress(StoreUnavailable, TimeoutError, UnicodeError):
+        async with asyncio.timeout(CUTOFF_SECONDS), Store(store_url(settings)) as store:
+            return await sessions.cutoff(store, user)
+    return 0
+
+
+def keyring_of(settings: Settings) -> Keyring:
+    """The keys that the server has. Raises ConfigurationError when it would refuse them."""
+    secret, previous = (
+        None if given is None else given.get_secret_value().encode()
+        for given in (settings.secret, settings.secret_previous)
+    )
+    wrong = [reason for reason in supervisor.refusals(settings) if "CHATSERVER_SECRET" in reason]
+    if wrong:
+        raise ConfigurationError(wrong)
+    return Keyring(
+        development_secret(settings.data_dir) if secret is None else secret,
+        previous=previous,
+        issuer=settings.issuer,
+        audience=settings.audience,
+        token_bytes=settings.token_bytes,
+    )
+
+
+def store_url(settings: Settings) -> str:
+    if settings.redis_url is None:
+        return socket_url(settings.data_dir)
+    return settings.redis_url.get_secret_value()
+
+
+@token.command(
+    epilog="""\b
+Examples:
+  chatserver token inspect eyJhbGciOi…
+  chatserver token issue --user alice | chatserver token inspect"""
+)
+@click.argument("text", metavar="[TOKEN]", default="-")
+@click.pass_context
+def inspect(context: click.Context, text: str) -> None:
+    """Show what is in a token, and whether this server would take it.
+
+    Reads standard input without TOKEN, or when it is -. The token itself and its signature are
+    not printed. Revocations are not looked at. Exit code 1 when it is not good.
+    """
+    settings = load()
+    if text == "-":
+        text = click.get_binary_stream("stdin").read(1 << 20).decode(errors="replace").strip()
+    report = _inspect(keyring_of(settings), _secrets(settings), text, time.time())
+    click.echo(json.dumps(report, indent=2))
+    context.exit(EXIT_OK if report["good"] else EXIT_NO)
+
+
+def _secrets(settings: Settings) -> list[bytes]:
+    given = [settings.secret, settings.secret_previous]
+    found = [secret.get_secret_value().encode() for secret in given if secret is not None]
+    return found if settings.secret else [development_secret(settings.data_dir), *found]
+
+
+def _inspect(keyring: Keyring, keys: list[bytes], text: str, now: float) -> dict[str, Any]:
+    report: dict[str, Any] = {"good": False, "reason": "this is not a JWT of three parts"}
+    parts = text.split(".") if len(text) <= 65536 else []
+    if len(parts) != 3:
+        return report
+    header, claims = (_opened(part) for part in parts[:2])
+    report |= {"signature_verifies": _signed(parts, keys), "header": header, "claims": claims}
+    expires_at = claims.get("exp") if isinstance(claims, dict) else None
+    # No date lies beyond the year 9999.
+    if type(expires_at) is int and 0 <= expires_at < 253402300800:
+        report["expires_at"] = datetime.fromtimestamp(expires_at, UTC).isoformat()
+        report["expires_in"] = int(expires_at - now)
+    try:
+        keyring.verify(text, now=now)
+    except TokenRefused as refused:
+        why = refused.__cause__ if report["signature_verifies"] else None
+        report["reason"] = f"{refused.code}: {why}" if isinstance(why, ValueError) else refused.code
+    else:
+        report |= {"good": True, "reason": None}
+    return report
+
+
+def _opened(part: str) -> Any:
+    """A part of a token for the eye, None when it is no JSON in base64url."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+        json.dumps(value, indent=2)  # What can be read may still be too deep to be printed.
+        return value
+    return None
+
+
+def _signed(parts: list[str], keys: list[bytes]) -> bool:
+    """Whether the HMAC is right, whatever the rest is worth: the keyring only says yes or no."""
+    with suppress(ValueError):
+        signature = urlsafe_b64decode(parts[2] + "=" * (-len(parts[2]) % 4))
+        signed = f"{parts[0]}.{parts[1]}".encode()
+        right = [hmac.digest(key, signed, hashlib.sha256) for key in keys]
+        return any(hmac.compare_digest(signature, each) for each in right)
+    return False
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  chatserver revoke --session s-4f1c
+  chatserver revoke --user alice --reason 'lost her phone'"""
+)
+@click.option("--session", help="End this session: every token and connection of one login.")
+@click.option("--user", help="End every session that this user has by now; later logins are not.")
+@click.option("--token", "token_id", metavar="JTI", help="End one token, by its id.")
+@click.option("--reason", default="", help="For the record.")
+def revoke(session: str | None, user: str | None, token_id: str | None, reason: str) -> None:
+    """Revoke a session, a user or a token, everywhere and at once."""
+    choices = {Kind.SESSION: session, Kind.USER: user, Kind.TOKEN: token_id}
+    given = {kind: value for kind, value in choices.items() if value is not None}
+    if len(given) != 1:
+        raise click.UsageError("Give exactly one of --session, --user and --token.")
+    ((kind, value),) = given.items()
+    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}", value):
+        raise click.UsageError("This is not an id: 1 to 128 characters, no control characters.")
+    asyncio.run(_revoke(load(), kind, value, reason))
+    click.echo(f"Revoked {kind} {value}.")
+
+
+async def _revoke(settings: Settings, kind: Kind, value: str, reason: str) -> None:
+    from chatserver.store import sessions
+    from chatserver.store.link import Store
+
+    try:
+        async with Store(store_url(settings)) as store:
+            await sessions.revoke(store, kind, value, reason=reason)
+    except StoreUnavailable as error:
+        raise StoreUnavailable(_unreachable(settings, error)) from None
+
+
+def _unreachable(settings: Settings, error: StoreUnavailable) -> str:
+    if settings.redis_url is None:
+        return f"The private store in {settings.data_dir} is not running: start the server first."
+    url = settings.redis_url.get_secret_value()
+    return f"The store at {url} cannot be reached: {error}."
+
+
+# -- chat and check ---------------------------------------------------------------------------
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  chatserver chat --room general --user bob
+  chatserver chat --room general --token "$TOKEN" --url wss://chat.example/v1/ws"""
+)
+@click.option("--room", required=True, help="The room to join.")
+@click.option("--user", help="Chat as this user, with tokens made here from the server's secret.")
+@click.option("--token", "given", help="Chat with this access token.")
+@click.option("--url", help="The server.  [default: ws://127.0.0.1:8000/v1/ws, with our port]")
+@click.pass_context
+def chat(
+    context: click.Context, room: str, user: str | None, given: str | None, url: str | None
+) -> None:
+    """Chat in a room: lines typed are sent, what others say is shown."""
+    if (user is None) == (given is None):
+        raise click.UsageError("Give exactly one of --user and --token.")
+    settings = load()
+    if url is None and settings.port == 0:
+        raise click.UsageError("Give --url: CHATSERVER_PORT is 0, which is any port.")
+    from chatserver.client import terminal
+
+    tokens = _tokens(settings, user, given or "")
+    context.exit(asyncio.run(terminal.chat(url or url_of(settings, settings.port), room, tokens)))
+
+
+def _tokens(settings: Settings, user: str | None, given: str) -> Callable[[], Awaitable[str]]:
+    """A fresh token of one session at each call, or the given one."""
+    session = _new_session()
+
+    async def fresh() -> str:
+        if user is None:
+            return given
+        return (await _issue(settings, user, ("member",), None, session, 900)).access_token
+
+    return fresh
+
+
+@main.command(
+    epilog="""\b
+Example:
+  chatserver check && chatserver serve"""
+)
+@click.pass_context
+def check(context: click.Context) -> None:
+    """Say what is wrong with the configuration and the store, and what to do about it."""
+    settings = load()
+    for name in unknown_variables():
+        complain(f"{name} is not a setting and is ignored; is it misspelt?")
+    reasons = supervisor.refusals(settings)
+    if settings.secret is None and (settings.data_dir / "secret").exists():
+        development_secret(settings.data_dir)
+    if reasons:
+        raise ConfigurationError(reasons)
+    click.echo(f"The configuration is good for {settings.environment}.")
+    context.exit(asyncio.run(_check_store(settings)))
+
+
+async def _check_store(settings: Settings) -> int:
+    from chatserver.store.link import Store
+
+    try:
+        async with Store(store_url(settings)) as store:
+            found = await store.describe()
+    except StoreUnavailable as error:
+        if settings.redis_url is None:
+            click.echo(f"The private store is not running; serve will start {executable()}.")
+            return EXIT_OK
+        raise StoreUnavailable(_unreachable(settings, error)) from None
+    wrong = _store_problems(found["version"], found["policy"])
+    if wrong:
+        raise ConfigurationError(wrong)
+    click.echo(f"The store answers: version {found['version']}, {found['policy']}.")
+    return EXIT_OK
+
+
+def _store_problems(version: str, policy: str) -> list[str]:
+    problems = []
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers and numbers < OLDEST:
+        problems.append(f"The store is of version {version}: it must be 7.0 or later.")
+    if policy != "noeviction":
+        problems.append(
+            f"THE STORE MAY FORGET REVOCATIONS AND MESSAGES: its maxmemory-policy is {policy}. Set "
+            "it to noeviction (CONFIG SET maxmemory-policy noeviction, and in its configuration)."
+        )
+    return problems

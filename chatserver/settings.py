@@ -1,0 +1,420 @@
+"""The only reader of the environment: ``CHATSERVER_*`` variables and ``.env``, read once.
+
+Nothing in here shows a secret: they are ``SecretStr``, and an error names the variable and what is
+wrong with it but never what was in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "CHATSERVER_"
+Network = IPv4Network | IPv6Network
+
+# A browser leaves the default port out of Origin: with it, an entry would never match.
+_DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+_ORIGIN = re.compile(
+    r"([a-z][a-z0-9+.-]*)://([a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(?::(\d{1,5}))?"
+)
+
+
+class ConfigurationError(Exception):
+    """The server cannot run as it is configured. ``reasons`` are sentences for a person."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        assert reasons
+        super().__init__("\n".join(reasons))
+        self.reasons = reasons
+
+
+def variable(field: str) -> str:
+    """Name of the environment variable that a field is read from."""
+    return PREFIX + field.upper()
+
+
+def _split(value: object) -> object:
+    """Comma-separated text as its parts; anything else is already a sequence."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part for part in (piece.strip() for piece in value.split(",")) if part)
+
+
+def _origin(text: str) -> str:
+    match = _ORIGIN.fullmatch(text.lower())
+    port = int(match[3]) if match and match[3] else None
+    if match is None or (port is not None and not 0 < port < 65536):
+        raise ValueError(
+            "every origin must be exactly scheme://host or scheme://host:port, as in "
+            "https://chat.example: no path, no slash at the end, no wildcard, and an international "
+            "name in its xn-- form"
+        )
+    if port is not None and _DEFAULT_PORTS.get(match[1]) == port:
+        port = None
+    return f"{match[1]}://{match[2]}" + ("" if port is None else f":{port}")
+
+
+def _network(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return ip_network(value)
+    except ValueError:
+        raise ValueError(
+            "every proxy must be an IP address or a network such as 10.0.0.0/8"
+        ) from None
+
+
+def _lower(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _absolute(path: Path) -> Path:
+    # The store is started in a directory of its own: what is relative must be settled before.
+    try:
+        return Path(os.path.abspath(path.expanduser()))
+    except RuntimeError:
+        raise ValueError("has a ~ that stands for nobody's home directory") from None
+
+
+def _text(secret: SecretStr) -> SecretStr:
+    try:
+        secret.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
+    return secret
+
+
+def _store_url(secret: SecretStr) -> SecretStr:
+    # urllib's own errors quote the URL, and with it the password.
+    with suppress(ValueError):
+        url = urlsplit(secret.get_secret_value())
+        whole = url.path if url.scheme == "unix" else url.hostname
+        if url.scheme in ("redis", "rediss", "unix") and whole and url.port != 0:
+            return secret
+    raise ValueError("must be a URL such as redis://host:6379/0, rediss://… or unix:///path")
+
+
+def _data_dir() -> Path:
+    base = Path(os.environ.get("XDG_DATA_HOME", ""))
+    if base.is_absolute():
+        return base / "chatserver"
+    try:
+        return Path.home() / ".local" / "share" / "chatserver"
+    except RuntimeError:
+        raise ConfigurationError(
+            ["This user has no home directory: set CHATSERVER_DATA_DIR."]
+        ) from None
+
+
+Secret = Annotated[SecretStr, AfterValidator(_text)]
+StoreUrl = Annotated[SecretStr, AfterValidator(_store_url)]
+File = Annotated[Path, AfterValidator(_absolute)]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)
+]
+Networks = Annotated[
+    tuple[Annotated[Network, BeforeValidator(_network)], ...], NoDecode, BeforeValidator(_split)
+]
+Rate = Annotated[FiniteFloat, Field(gt=0, le=1_000_000)]
+Seconds = Annotated[FiniteFloat, Field(gt=0, le=86_400)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+class Settings(BaseSettings):
+    """Everything the server may be told, checked. Build it with ``load()``."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    environment: Annotated[Literal["development", "production"], BeforeValidator(_lower)] = Field(
+        "development",
+        description="`development`, or `production`, which refuses to start half configured",
+    )
+    secret: Secret | None = Field(
+        None,
+        description="signs the tokens: at least 32 bytes that nobody can guess; in development one "
+        "is made and kept in the data directory",
+    )
+    secret_previous: Secret | None = Field(
+        None, description="the secret before this one; its tokens are still accepted"
+    )
+    redis_url: StoreUrl | None = Field(
+        None,
+        description="the Redis or Valkey that all workers and hosts share; without it development "
+        "starts a private one",
+    )
+    host: str = Field("127.0.0.1", description="address to listen on; `0.0.0.0` is all of them")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
+    workers: int = Field(1, ge=1, le=1024, description="worker processes; one per core is best")
+    data_dir: File = Field(
+        default_factory=_data_dir,
+        description="where the private store and the development secret live; by default "
+        "`$XDG_DATA_HOME/chatserver` or `~/.local/share/chatserver`",
+    )
+    allowed_origins: Origins = Field(
+        (),
+        description="origins whose pages may connect, such as `https://chat.example`, "
+        "comma-separated",
+    )
+    tls_certfile: File | None = Field(
+        None, description="PEM file with the certificate and its chain"
+    )
+    tls_keyfile: File | None = Field(
+        None, description="PEM file with the certificate's private key"
+    )
+    trusted_proxies: Networks = Field(
+        (),
+        description="addresses or networks of proxies whose `X-Forwarded-*` are believed, "
+        "comma-separated",
+    )
+    issuer: str = Field("chatserver", max_length=256, description="the tokens' `iss`")
+    audience: str = Field("chatserver", max_length=256, description="the tokens' `aud`")
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)
+    ] = Field("info", description="`debug`, `info`, `warning`, `error` or `critical`")
+
+    # 900,000 leaves room for the rest of an event within the 1 MiB of a server frame.
+    frame_bytes: int = Field(
+        65536, ge=1024, le=900_000, description="largest frame a client may send, in bytes"
+    )
+    rooms: int = Field(256, ge=1, le=10_000, description="rooms that one connection may join")
+    send_rate: Rate = Field(10.0, description="messages per second and connection")
+    send_burst: Count = Field(20, description="messages a connection may send at once")
+    command_rate: Rate = Field(50.0, description="commands per second and connection")
+    command_burst: Count = Field(
+        320, description="commands a connection may send at once; not less than the rooms"
+    )
+    handshake_rate: Rate = Field(200.0, description="handshakes per second and address")
+    connections: Count | None = Field(
+        None, description="connections per worker; by default the descriptor limit less 200"
+    )
+    user_connections: Count = Field(2048, description="connections per user")
+    history: Count = Field(1000, description="events kept per room")
+    history_seconds: Count = Field(604_800, description="how long a room's events are kept")
+    replay: Count = Field(1000, description="events replayed at most to a client that was away")
+    key_window: Count = Field(600, description="how long a message's key is remembered, in seconds")
+    token_bytes: int = Field(
+        4096, ge=512, le=8000, description="longest access token that is read, in bytes"
+    )
+    ping_interval: Seconds = Field(25.0, description="seconds between pings")
+    ping_timeout: Seconds = Field(20.0, description="seconds a pong may take")
+    slow_seconds: Seconds = Field(30.0, description="seconds a reader may stay behind")
+    drain_seconds: Seconds = Field(
+        30.0, description="seconds over which a worker that stops sends its clients away"
+    )
+    handshake_seconds: Seconds = Field(5.0, description="seconds a handshake may take")
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Settings:
+        if (self.tls_certfile is None) != (self.tls_keyfile is None):
+            raise ValueError("CHATSERVER_TLS_CERTFILE and CHATSERVER_TLS_KEYFILE go together.")
+        if self.command_burst < self.rooms:
+            raise ValueError(
+                f"CHATSERVER_COMMAND_BURST ({self.command_burst}) must not be less than "
+                f"CHATSERVER_ROOMS ({self.rooms}): a client that comes back rejoins all its rooms "
+                "at once."
+            )
+        return self
+
+    @property
+    def production(self) -> bool:
+        return self.environment == "production"
+
+    def problems(self) -> list[str]:
+        """Reasons why a server may not start with these settings in production; none otherwise.
+
+        Whether a secret is good enough is for the keyring to say, and whether the TLS files are
+        for ssl: see ``supervisor.refusals``, which is the whole list.
+        """
+        if not self.production:
+            return []
+        missing = {
+            "CHATSERVER_SECRET is not set: production needs a secret of its own, of at least 32 "
+            "random bytes (openssl rand -base64 48 makes one).": self.secret is None,
+            "There is no TLS: set CHATSERVER_TLS_CERTFILE and CHATSERVER_TLS_KEYFILE, or, where a "
+            "proxy terminates TLS, CHATSERVER_TRUSTED_PROXIES.": not self.tls_certfile
+            and not self.trusted_proxies,
+            "CHATSERVER_ALLOWED_ORIGINS is not set: name the origins whose pages may connect, such "
+            "as https://chat.example.": not self.allowed_origins,
+            "CHATSERVER_REDIS_URL is not set: production needs a Redis or Valkey that is run for "
+            "it.": self.redis_url is None,
+        }
+        return [reason for reason, is_missing in missing.items() if is_missing]
+
+
+def load(*, env_file: str | None = ".env", **overrides: Any) -> Settings:
+    """Read the settings; ``overrides`` (by field name, None = not given) win over the environment.
+
+    Raises ConfigurationError with every reason at once.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    given["_env_file"] = env_file
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise ConfigurationError(
+            [_sentence(detail) for detail in error.errors(include_url=False, include_input=False)]
+        ) from None
+    except (OSError, UnicodeDecodeError):
+        raise ConfigurationError(
+            [f"{env_file} cannot be read: it must be a readable file of UTF-8 text."]
+        ) from None
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    """A pydantic error in a person's words, without the value that was wrong."""
+    message = _wording(detail["type"], detail.get("ctx", {})) or detail["msg"]
+    message = message.removeprefix("Value error, ")
+    if not detail["loc"]:
+        return message
+    return f"{variable(str(detail['loc'][0]))}: {message}."
+
+
+def _wording(kind: str, context: Mapping[str, Any]) -> str | None:
+    match kind:
+        case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
+            return "must be a whole number"
+        case "float_parsing" | "float_type" | "finite_number":
+            return "must be a number"
+        case "greater_than":
+            return f"must be more than {context['gt']:g}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:_}".replace("_", ",")
+        case "literal_error":
+            return f"must be {context['expected']}"
+        case "string_too_long":
+            return f"must have at most {context['max_length']} characters"
+    return None
+
+
+def environ(settings: Settings) -> dict[str, str]:
+    """The environment for a child process: ours, with exactly these settings, secrets included.
+
+    The child reads it with ``load(env_file=None)`` and gets an equal value.
+    """
+    others = {
+        name: value
+        for name, value in os.environ.items()
+        if name == COMMAND or not name.upper().startswith(PREFIX)
+    }
+    mine = {
+        variable(name): _as_text(getattr(settings, name)) for name in type(settings).model_fields
+    }
+    return others | {name: value for name, value in mine.items() if value}
+
+
+def _as_text(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case SecretStr():
+            return value.get_secret_value()
+        case tuple():
+            return ",".join(map(str, value))
+        case _:
+            return str(value)
+
+
+COMMAND = "CHATSERVER_COMMAND"
+
+
+def command() -> str:
+    """How the command line was called, for text that a person is to copy."""
+    return os.environ.get(COMMAND) or "chatserver"
+
+
+def unknown_variables() -> list[str]:
+    """Variables with our prefix that mean nothing: most likely misspelt."""
+    known = {variable(name) for name in Settings.model_fields} | {COMMAND}
+    return sorted(
+        name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known
+    )
+
+
+def development_secret(data_dir: Path) -> bytes:
+    """The secret of a development server: made on first use, then the same in every terminal.
+
+    Raises ConfigurationError if it cannot be kept, or if others can read it.
+    """
+    path = data_dir / "secret"
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            _create(path, secrets.token_urlsafe(48).encode())
+        return _read_private(path)
+    except OSError as error:
+        raise ConfigurationError(
+            [
+                f"The development secret cannot be kept in {path} ({error.strerror}): set "
+                "CHATSERVER_DATA_DIR to a directory of your own, or set CHATSERVER_SECRET."
+            ]
+        ) from None
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Write a file that is whole from the first moment it can be seen, unless it is there already.
+
+    ``link`` refuses to replace: of two processes at once one wins, and both read the winner's.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=".secret-", dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+
+
+def _read_private(path: Path) -> bytes:
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_mode & 0o077 or status.st_uid not in (os.geteuid(), 0):
+            raise ConfigurationError(
+                [
+                    f"{path} can be read by others than you: it signs tokens. Make it private with "
+                    f"chmod 600, or delete it and a new one is made (the old one's tokens end)."
+                ]
+            )
+        content = file.read(4096).strip()
+    if len(content) < 32:
+        raise ConfigurationError([f"{path} is damaged: delete it and a new one is made."])
+    return content
+
+
+def describe() -> Iterable[tuple[str, str, str]]:
+    """Every variable with its default and its meaning, as docs/configuration.md lists them."""
+    for name, field in Settings.model_fields.items():
+        default = None if field.default_factory else field.default
+        yield variable(name), _as_text(default), field.description or ""

@@ -1,0 +1,212 @@
+"""Fan-out: one room, one publisher, everyone else receives."""
+
+from __future__ import annotations
+
+import math
+import socket
+import statistics
+import time
+from dataclasses import dataclass, field
+
+from . import wire
+from .servers import Process, Rig, Unavailable, Usage
+
+EVENT_BYTES = 200
+WINDOWS = (1, 64)
+ROUNDS = 3
+EPOLL, BROADCAST = "C epoll", "websockets broadcast()"
+YARDSTICKS = (EPOLL, BROADCAST)
+WARM_SECONDS = 0.3
+DRAIN_SECONDS = 5.0
+
+
+class Publisher:
+    """Keeps a number of messages in flight.
+
+    One is in flight until the publisher, who joined last and is served last, has received it
+    itself, and until it was acknowledged where the server does so.
+    """
+
+    def __init__(self, client: socket.socket, message: bytes, *, acknowledged: bool) -> None:
+        client.setblocking(True)
+        self.client = client
+        self._message = message
+        self._acknowledged = acknowledged
+        self._buffer = bytearray()
+        self.window = 0
+        self.sent = 0
+        self.acks = 0
+        self.events = 0
+        self.event_bytes = 0
+        """Size on the wire of all events so far: the same for every receiver."""
+
+    def in_flight(self) -> int:
+        done = min(self.events, self.acks) if self._acknowledged else self.events
+        return self.sent - done
+
+    def fill(self) -> None:
+        missing = self.window - self.in_flight()
+        if missing > 0:
+            self.sent += missing
+            self.client.sendall(self._message * missing)
+
+    def receive(self) -> None:
+        data = self.client.recv(1 << 20)
+        if not data:
+            raise RuntimeError("the server closed the publisher's connection")
+        self._buffer += data
+        for _, payload, size in wire.take_frames(self._buffer):
+            if payload.startswith(wire.MESSAGE):
+                self.events += 1
+                self.event_bytes += size
+            elif payload.startswith(wire.ACK):
+                self.acks += 1
+            elif payload.startswith(b'{"type":"error"'):
+                raise RuntimeError(f"a send was refused: {payload!r}")
+        self.fill()
+
+
+@dataclass
+class Subject:
+    """A server with its receivers, and what was measured of it."""
+
+    name: str
+    publisher: Publisher
+    sink: wire.Sink
+    usage: Usage
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    shares: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+
+    def measure(self, window: int, seconds: float) -> None:
+        """Deliveries per second with so many messages in flight."""
+        publisher, sink = self.publisher, self.sink
+        publisher.window = window
+        publisher.fill()
+        self._go_on(WARM_SECONDS)
+        self.usage.start()
+        bytes_before, began = sink.total(), time.perf_counter()
+        self._go_on(seconds)
+        received, elapsed = sink.total() - bytes_before, time.perf_counter() - began
+        shares = self.usage.shares()
+        self._drain()
+        event_size = publisher.event_bytes / publisher.events
+        self.rates.setdefault(window, []).append(received / event_size / elapsed)
+        self.shares.setdefault(window, []).append(shares)
+
+    def _go_on(self, seconds: float) -> None:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            self.sink.poll()
+
+    def _drain(self) -> None:
+        """Let everything arrive, and see that every receiver got every event to the byte."""
+        self.publisher.window = 0
+        expected = self.publisher.event_bytes
+        until = time.perf_counter() + DRAIN_SECONDS
+        while self.publisher.in_flight() or set(self.sink.counts.values()) != {expected}:
+            self.sink.poll()
+            expected = self.publisher.event_bytes
+            if time.perf_counter() > until:
+                wrong = sum(count != expected for count in self.sink.counts.values())
+                raise RuntimeError(f"{self.name}: {wrong} receivers did not get every event once")
+
+
+def subject_of(
+    name: str, clients: list[socket.socket], message: bytes, usage: Usage, *, acknowledged: bool
+) -> Subject:
+    publisher = Publisher(clients[-1], message, acknowledged=acknowledged)
+    others = {publisher.client.fileno(): publisher.receive}
+    return Subject(name, publisher, wire.Sink(clients[:-1], others), usage)
+
+
+def chatserver(rig: Rig, worker: Process, store: Process, sockets: int) -> Subject:
+    mint = wire.Mint(rig.secret)
+    tokens = [mint.token(f"user-{index}") for index in range(sockets + 1)]
+    clients = wire.enter(worker.port, tokens, lambda index: "bench")
+    head = b'{"type":"message","room":"bench","offset":10000,"ts":1760000001234,"user":"user-1000"'
+    body = b'{"text":"%b"}' % (b"x" * (EVENT_BYTES - len(head) - len(b',"body":{"text":""}}')))
+    message = wire.client_frame(b'{"type":"send","id":1,"room":"bench","body":%b}' % body)
+    usage = Usage(server=worker, store=store)
+    return subject_of("chatserver", clients, message, usage, acknowledged=True)
+
+
+def event() -> bytes:
+    """What the servers without a protocol of their own pass on."""
+    start = wire.MESSAGE + b',"text":"'
+    return start + b"x" * (EVENT_BYTES - len(start) - 2) + b'"}'
+
+
+def epoll_send(rig: Rig, sockets: int) -> Subject:
+    frame = wire.server_frame(event())
+    server = rig.epoll_send(sockets, len(frame))
+    clients = [wire.connect(server.port, index) for index in range(sockets + 1)]
+    return subject_of(EPOLL, clients, frame, Usage(server=server), acknowledged=False)
+
+
+def broadcast(rig: Rig, sockets: int) -> Subject:
+    server = rig.broadcast()
+    clients = []
+    for index in range(sockets + 1):
+        client = wire.connect(server.port, index)
+        client.sendall(wire.upgrade(None, "/"))
+        wire.await_upgrade(client)
+        clients.append(client)
+    message = wire.client_frame(event())
+    usage = Usage(server=server)
+    return subject_of(BROADCAST, clients, message, usage, acknowledged=False)
+
+
+def run(seconds: float, sockets: int | None) -> dict[str, object]:
+    """Rounds of all servers in turn, so that a noisy moment hits none of them alone."""
+    sockets = min(sockets or 1000, wire.descriptors_left() // 3)
+    notes: list[str] = []
+    with Rig() as rig:
+        store = rig.store()
+        # Bytes are compared, so there must be no pings among the events.
+        worker = rig.worker(CHATSERVER_PING_INTERVAL="3600")
+        subjects = [chatserver(rig, worker, store, sockets)]
+        try:
+            subjects.append(epoll_send(rig, sockets))
+        except Unavailable as missing:
+            notes.append(str(missing))
+        subjects.append(broadcast(rig, sockets))
+        for _ in range(ROUNDS):
+            for window in WINDOWS:
+                for subject in subjects:
+                    subject.measure(window, seconds)
+    rows = [_row(subject, window, subjects) for window in WINDOWS for subject in subjects]
+    notes += [note for row in rows if (note := _bottleneck(row))]
+    return {"sockets": sockets, "rows": rows, "notes": notes}
+
+
+def _row(subject: Subject, window: int, subjects: list[Subject]) -> dict[str, object]:
+    rates = subject.rates[window]
+    shares = {
+        name: statistics.median(each[name] for each in subject.shares[window])
+        for name in subject.shares[window][0]
+    }
+    row: dict[str, object] = {
+        "server": subject.name,
+        "window": window,
+        "deliveries": statistics.median(rates),
+        "rounds": [round(rate) for rate in rates],
+        "cpu": shares,
+    }
+    for other in subjects:
+        if other is not subject:
+            # Round by round: what shared a noisy moment is compared.
+            ratios = [a / b for a, b in zip(rates, other.rates[window], strict=True)]
+            row[f"x {other.name}"] = statistics.median(ratios)
+    return row
+
+
+def _bottleneck(row: dict[str, object]) -> str | None:
+    shares = row["cpu"]
+    assert isinstance(shares, dict)
+    other_core = math.fsum(share for name, share in shares.items() if name != "server")
+    if shares["server"] < 0.9 and other_core > 0.9:
+        return (
+            f"{row['server']}, W={row['window']}: the client is the bottleneck "
+            f"(server {shares['server']:.0%} of its core, the other core {other_core:.0%})"
+        )
+    return None

@@ -1,0 +1,52 @@
+"""Memory of idle sockets: what the server's process grows by, for each that has joined a room."""
+
+from __future__ import annotations
+
+import time
+
+from . import wire
+from .servers import Rig, Usage
+
+SOCKETS = 15_000
+MEMBERS = 10
+WARM_SOCKETS = 100
+"""Opened before: what the first of their kind allocate, they allocate for all."""
+SETTLE_SECONDS = 1.0
+
+
+def run(sockets: int | None) -> dict[str, object]:
+    """Each socket with its own user and session, ten to a room."""
+    asked = sockets or SOCKETS
+    sockets = min(asked, wire.descriptors_left())
+    with Rig() as rig:
+        store = rig.store()
+        worker = rig.worker()
+        mint = wire.Mint(rig.secret)
+        tokens = [mint.token(f"user-{index:05}") for index in range(sockets + WARM_SOCKETS)]
+        warm = wire.enter(worker.port, tokens[:WARM_SOCKETS], _room)
+        before = worker.memory()
+        usage = Usage(server=worker, store=store)
+        began = time.perf_counter()
+        clients = wire.enter(
+            worker.port, tokens[WARM_SOCKETS:], lambda index: _room(index + WARM_SOCKETS)
+        )
+        elapsed = time.perf_counter() - began
+        shares = usage.shares()
+        time.sleep(SETTLE_SECONDS)
+        after = worker.memory()
+        for client in warm + clients:
+            client.close()
+    notes = [] if sockets == asked else [f"only {sockets:,} sockets: the descriptor limit"]
+    return {
+        "sockets": sockets,
+        "kilobytes": (after - before) / sockets / 1024,
+        "before": before,
+        "after": after,
+        "entries": sockets / elapsed,
+        "cpu": shares,
+        "notes": notes,
+    }
+
+
+def _room(index: int) -> str:
+    return f"room-{index // MEMBERS:05}"

@@ -1,0 +1,223 @@
+"""The client's side of the wire: raw sockets, as little work as possible for each byte.
+
+The server must be the bottleneck, so nothing here is a general WebSocket client: frames are
+masked with zeros (so that masking them changes nothing) and read only where they must be.
+"""
+
+from __future__ import annotations
+
+import resource
+import secrets
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from chatserver.store.keyring import Keyring
+
+BATCH = 100
+"""Handshakes under way at once, twice."""
+SWEEP_SECONDS = 0.01
+SLICE = 50
+"""Receivers read before publishers are looked after again: some 100 µs."""
+TEXT, CLOSE = 1, 8
+ACK, MESSAGE, WELCOME = b'{"type":"ack"', b'{"type":"message"', b'{"type":"welcome"'
+_LINGER_NOT = struct.pack("ii", 1, 0)
+
+
+def upgrade(token: str | None, path: str = "/v1/ws") -> bytes:
+    """The request of a handshake, with a token or without."""
+    credentials = "" if token is None else f"Authorization: Bearer {token}\r\n"
+    return (
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        f"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n"
+        f"{credentials}\r\n"
+    ).encode()
+
+
+def client_frame(payload: bytes, opcode: int = TEXT) -> bytes:
+    head = bytes([0x80 | opcode])
+    size = len(payload)
+    if size < 126:
+        return head + bytes([0x80 | size]) + b"\0\0\0\0" + payload
+    return head + b"\xfe" + size.to_bytes(2, "big") + b"\0\0\0\0" + payload
+
+
+def server_frame(payload: bytes) -> bytes:
+    """As a server sends it: not masked. Of 126 to 65,535 bytes."""
+    return b"\x81\x7e" + len(payload).to_bytes(2, "big") + payload
+
+
+def take_frames(buffer: bytearray) -> Iterator[tuple[int, bytes, int]]:
+    """Cut whole frames off the buffer: opcode, payload, size on the wire."""
+    at = 0
+    while len(buffer) - at >= 2:
+        size, start = buffer[at + 1], at + 2
+        if size == 126:
+            size, start = int.from_bytes(buffer[at + 2 : at + 4], "big"), at + 4
+        elif size == 127:
+            size, start = int.from_bytes(buffer[at + 2 : at + 10], "big"), at + 10
+        if len(buffer) < start + size:
+            break
+        yield buffer[at] & 15, bytes(buffer[start : start + size]), start + size - at
+        at = start + size
+    del buffer[:at]
+
+
+def connect(port: int, index: int = 0) -> socket.socket:
+    """A connected socket, from one of four loopback addresses: one has too few ports."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1)
+    # Reset at the end: no ports that linger into the next run.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.settimeout(30.0)
+    client.bind((f"127.0.0.{2 + index % 4}", 0))
+    client.connect(("127.0.0.1", port))
+    return client
+
+
+class Mint:
+    """Makes tokens, each with its own session."""
+
+    def __init__(self, secret: str) -> None:
+        self._keyring = Keyring(secret.encode())
+
+    def token(self, user: str) -> str:
+        return self._keyring.issue(
+            user=user,
+            session=secrets.token_hex(8),
+            roles=["member"],
+            issued_at=int(time.time()),
+            token_id=secrets.token_hex(8),
+        )
+
+
+def join(room: str) -> bytes:
+    return client_frame(b'{"type":"join","id":1,"room":"%b"}' % room.encode())
+
+
+def enter(
+    port: int, tokens: Sequence[str], room_of: Callable[[int], str | None]
+) -> list[socket.socket]:
+    """Open a socket for each token and join it to its room, some at a time.
+
+    Returns when the last one has its ack. The server always has work: the next batch is on its
+    way while answers to the one before are read.
+    """
+    opened: list[socket.socket] = []
+    waiting: list[socket.socket] = []
+    for start in range(0, len(tokens) + BATCH, BATCH):
+        batch = []
+        for index in range(start, min(start + BATCH, len(tokens))):
+            client = connect(port, index)
+            client.sendall(upgrade(tokens[index]))
+            batch.append(client)
+        _finish(waiting, len(opened), room_of)
+        opened += waiting
+        waiting = batch
+    return opened
+
+
+def _finish(clients: list[socket.socket], first: int, room_of: Callable[[int], str | None]) -> None:
+    joining = []
+    for index, client in enumerate(clients, first):
+        await_frame(client, WELCOME, await_upgrade(client))
+        room = room_of(index)
+        if room is not None:
+            client.sendall(join(room))
+            joining.append(client)
+    for client in joining:
+        await_frame(client, ACK, bytearray())
+
+
+def await_upgrade(client: socket.socket) -> bytearray:
+    """Read the answer to a handshake; what follows it is returned."""
+    buffer = bytearray()
+    while b"\r\n\r\n" not in buffer:
+        data = client.recv(65536)
+        if not data:
+            break
+        buffer += data
+    head, _, rest = buffer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 101"):
+        raise RuntimeError(f"a handshake was refused: {bytes(buffer)!r}")
+    return rest
+
+
+def await_frame(client: socket.socket, start: bytes, buffer: bytearray) -> None:
+    """Read frames up to one that begins so. Nothing may follow it yet."""
+    while True:
+        for _, payload, _ in take_frames(buffer):
+            if payload.startswith(start):
+                return
+            if payload.startswith(b'{"type":"error"'):
+                raise RuntimeError(f"a command was refused: {payload!r}")
+        data = client.recv(65536)
+        if not data:
+            raise RuntimeError(f"closed while waiting for {start!r}")
+        buffer += data
+
+
+class Sink:
+    """Sockets that only receive: what there is is read and its bytes counted.
+
+    They are read every ``SWEEP_SECONDS``, not whenever something arrives. So the receivers take a
+    small part of the client's core, and none of the server's: on loopback it is the sender that
+    wakes a waiting receiver, which over a network it never does.
+
+    ``publishers`` have right of way: each is called back as soon as its socket is readable, and
+    reads it itself.
+    """
+
+    def __init__(
+        self, receivers: Sequence[socket.socket], publishers: dict[int, Callable[[], None]]
+    ) -> None:
+        self._receivers = select.epoll()
+        self._publishers = select.epoll()
+        self._called = publishers
+        self._buffer = bytearray(1 << 20)
+        self._receive = {client.fileno(): client.recv_into for client in receivers}
+        self.counts = dict.fromkeys(self._receive, 0)
+        """Bytes received, by descriptor."""
+        self._sweep_at = 0.0
+        for client in receivers:
+            client.setblocking(False)
+            self._receivers.register(client, select.EPOLLIN)
+        for fd in publishers:
+            self._publishers.register(fd, select.EPOLLIN)
+
+    def poll(self) -> None:
+        """Wait for a publisher, at most until the next sweep; sweep when it is time."""
+        self.call(max(0.0, self._sweep_at - time.perf_counter()))
+        if time.perf_counter() >= self._sweep_at:
+            self.sweep()
+            self._sweep_at = time.perf_counter() + SWEEP_SECONDS
+
+    def call(self, timeout: float) -> None:
+        """Serve the publishers that can be read; wait so many seconds for the first."""
+        for fd, _ in self._publishers.poll(timeout, len(self._called)):
+            self._called[fd]()
+
+    def sweep(self) -> None:
+        """Read every receiver that has something, publishers in between."""
+        receive, buffer, counts = self._receive, self._buffer, self.counts
+        for _ in range(0, len(receive), SLICE):
+            ready = self._receivers.poll(0, SLICE)
+            for fd, _ in ready:
+                got = receive[fd](buffer)
+                if not got:
+                    raise RuntimeError("the server closed a receiver's connection")
+                counts[fd] += got
+            self.call(0)
+            if len(ready) < SLICE:
+                break
+
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+
+def descriptors_left() -> int:
+    """How many sockets this process, and a server under the same limit, can have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500

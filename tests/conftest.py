@@ -1,0 +1,98 @@
+"""Fixtures of the tests that need a real store or a real worker."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tokens import Issuer, unique
+from tests.support.valkey import Valkey
+from tests.support.worker import Worker
+
+StartWorker = Callable[..., Worker]
+
+
+@pytest.fixture(scope="session")
+def _short_directory() -> Iterator[Path]:
+    # pytest's own temporary directories are too deep for the path of a Unix socket.
+    directory = Path(tempfile.mkdtemp(prefix="cs"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _started(directory: Path) -> Valkey:
+    directory.mkdir()
+    store = Valkey(directory)
+    store.start()
+    return store
+
+
+@pytest.fixture(scope="session")
+def valkey(_short_directory: Path) -> Iterator[Valkey]:
+    """The store that tests share: use names of your own, and leave it running."""
+    store = _started(_short_directory / "shared")
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def own_valkey(_short_directory: Path) -> Iterator[Valkey]:
+    """A store to be frozen, killed and emptied."""
+    store = _started(_short_directory / unique("v"))
+    yield store
+    store.stop()
+
+
+@pytest.fixture(scope="session")
+def issuer() -> Issuer:
+    return Issuer()
+
+
+@pytest.fixture(scope="module")
+def worker(
+    valkey: Valkey, issuer: Issuer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Worker]:
+    """A worker that the tests of a module share, with rates that no test reaches by accident."""
+    started = Worker(
+        tmp_path_factory.mktemp("worker") / "log",
+        valkey.url,
+        issuer,
+        send_rate=100_000,
+        send_burst=100_000,
+        command_rate=100_000,
+        command_burst=100_000,
+    )
+    started.start()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def start_worker(issuer: Issuer, tmp_path: Path, valkey: Valkey) -> Iterator[StartWorker]:
+    """Start workers with the settings of one's choice; they end with the test."""
+    with ExitStack() as running:
+
+        def start(store: Valkey | None = None, **settings: Any) -> Worker:
+            log = tmp_path / unique("log")
+            started = Worker(log, (store or valkey).url, issuer, **settings)
+            running.callback(started.stop)
+            started.start()
+            return started
+
+        yield start
+
+
+@pytest.fixture
+def room() -> str:
+    return unique("room")
+
+
+@pytest.fixture
+def user() -> str:
+    return unique("user")

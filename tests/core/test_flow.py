@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatserver.core.flow import (
+    FLOOD_HARD,
+    FLOOD_PAUSE,
+    FLOOD_REFUSALS,
+    FLOOD_SECONDS,
+    Budget,
+    Limits,
+    Patience,
+    Verdict,
+)
+
+# --- limits --------------------------------------------------------------------------------
+
+
+def test_the_default_burst_allows_rejoining_every_room_at_once() -> None:
+    limits = Limits()
+
+    assert limits.command_burst >= limits.rooms
+
+
+# --- budgets -------------------------------------------------------------------------------
+
+
+def test_a_budget_gives_its_burst_at_once_and_nothing_more() -> None:
+    budget = Budget(10.0, 3, 100.0)
+
+    waits = [budget.spend(100.0) for _ in range(4)]
+
+    assert waits[:3] == [0.0, 0.0, 0.0]
+    assert waits[3] == pytest.approx(0.1)
+
+
+def test_a_refused_spend_takes_nothing() -> None:
+    budget = Budget(8.0, 1, 100.0)
+    budget.spend(100.0)
+
+    waits = [budget.spend(100.0) for _ in range(3)]
+
+    assert waits == [0.125, 0.125, 0.125]
+    assert budget.spend(100.125) == 0.0
+
+
+def test_a_budget_refills_at_its_rate() -> None:
+    budget = Budget(2.0, 5, 100.0)
+    for _ in range(5):
+        budget.spend(100.0)
+
+    waits = [budget.spend(101.0) for _ in range(3)]
+
+    assert waits[:2] == [0.0, 0.0]
+    assert waits[2] == pytest.approx(0.5)
+
+
+def test_a_long_silence_saves_up_no_more_than_the_burst() -> None:
+    budget = Budget(10.0, 3, 100.0)
+
+    granted = [budget.spend(1_000_000.0) == 0.0 for _ in range(5)]
+
+    assert granted == [True, True, True, False, False]
+
+
+def test_a_clock_that_steps_back_takes_no_budget_away() -> None:
+    budget = Budget(1.0, 2, 100.0)
+    budget.spend(100.0)
+
+    assert budget.spend(40.0) == 0.0
+    assert budget.spend(40.0) == pytest.approx(1.0)
+    assert budget.spend(41.0) == 0.0
+
+
+@settings(deadline=None)
+@given(
+    rate=st.floats(0.1, 100.0),
+    burst=st.integers(1, 50),
+    pauses=st.lists(st.floats(0.0, 5.0), min_size=1, max_size=80),
+)
+def test_no_stretch_of_time_gets_more_than_burst_and_rate(
+    rate: float, burst: int, pauses: list[float]
+) -> None:
+    now = 1000.0
+    budget = Budget(rate, burst, now)
+    granted: list[float] = []
+    for pause in pauses:
+        now += pause
+        if budget.spend(now) == 0.0:
+            granted.append(now)
+
+    for first, begin in enumerate(granted):
+        for last, end in enumerate(granted[first:], first):
+            assert last - first + 1 <= burst + rate * (end - begin) + 1e-6
+
+
+@settings(deadline=None)
+@given(
+    rate=st.floats(0.1, 100.0),
+    burst=st.integers(1, 50),
+    pauses=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=80),
+)
+def test_whoever_waits_as_long_as_told_is_served(
+    rate: float, burst: int, pauses: list[float]
+) -> None:
+    now = 1000.0
+    budget = Budget(rate, burst, now)
+    for pause in pauses:
+        now += pause
+        wait = budget.spend(now)
+
+        assert 0.0 <= wait <= 1.0 / rate
+        if wait:
+            now += wait + 0.001
+            assert budget.spend(now) == 0.0
+
+
+# --- patience ------------------------------------------------------------------------------
+
+
+def test_a_burst_of_a_thousand_refusals_is_borne() -> None:
+    patience = Patience()
+
+    verdicts = {patience.refused(100.0) for _ in range(1000)}
+
+    assert verdicts == {Verdict.BEAR}
+
+
+def test_twice_as_many_at_once_are_a_flood() -> None:
+    patience = Patience()
+
+    verdicts = [patience.refused(100.0) for _ in range(FLOOD_HARD)]
+
+    assert verdicts == [Verdict.BEAR] * (FLOOD_HARD - 1) + [Verdict.DISCONNECT]
+
+
+def test_refusals_that_go_on_for_five_seconds_are_a_flood() -> None:
+    patience = Patience()
+
+    verdicts = [patience.refused(100.0 + tick / 32) for tick in range(161)]
+
+    assert verdicts[:160] == [Verdict.BEAR] * 160
+    assert verdicts[160] is Verdict.DISCONNECT
+    assert 160 / 32 == FLOOD_SECONDS
+
+
+def test_few_refusals_are_borne_however_long_they_go_on() -> None:
+    patience = Patience()
+
+    verdicts = [patience.refused(100.0 + tick) for tick in range(FLOOD_REFUSALS)]
+
+    assert verdicts == [Verdict.BEAR] * (FLOOD_REFUSALS - 1) + [Verdict.DISCONNECT]
+
+
+def test_a_pause_is_forgiveness() -> None:
+    patience = Patience()
+    for _ in range(FLOOD_HARD - 1):
+        patience.refused(100.0)
+
+    after_pause = patience.refused(100.0 + FLOOD_PAUSE + 0.1)
+
+    assert after_pause is Verdict.BEAR
+    assert patience.refused(100.0 + FLOOD_PAUSE + 0.1) is Verdict.BEAR
+
+
+def test_a_clock_that_steps_back_is_no_flood() -> None:
+    patience = Patience()
+    for _ in range(FLOOD_HARD - 1):
+        patience.refused(100.0)
+
+    assert patience.refused(50.0) is Verdict.BEAR

@@ -1,0 +1,453 @@
+"""The supervisor, in a process of its own, with workers that do as a test tells them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from chatserver.settings import ConfigurationError, load
+from chatserver.supervisor import Restarts, bind, refusals
+
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "15"))
+ROOT = Path(__file__).parents[1]
+
+# Runs the supervisor as the command line does, with shorter waits.
+SUPERVISOR = """
+import sys
+from chatserver import supervisor, telemetry
+from chatserver.settings import ConfigurationError, load
+from chatserver.store.embedded import StoreFailed
+
+telemetry.configure("info")
+supervisor.Restarts.FIRST_DELAY = 0.01
+supervisor.Restarts.LONGEST_DELAY = 0.02
+supervisor.READY_SECONDS = 1.0
+supervisor.EXIT_SECONDS = 0.2
+supervisor.KILL_SECONDS = 0.1
+ready = lambda address: print("ready", address.port, flush=True)
+try:
+    sys.exit(supervisor.run(load(env_file=None), ready, [sys.executable, *sys.argv[1:]]))
+except (ConfigurationError, StoreFailed) as error:
+    sys.exit(str(error))
+"""
+
+# Answers each connection with its process id. What it does otherwise is in the file `orders`.
+WORKER = """
+import os, pathlib, signal, socket, sys, time
+
+_, orders, _, fd, _, ready = sys.argv
+orders = pathlib.Path(orders)
+word, _, argument = orders.read_text().partition(" ")
+with orders.with_name("lives").open("a") as lives:
+    print(os.getpid(), file=lives)
+if word == "once":
+    orders.write_text("serve")
+if word in ("exit", "once"):
+    sys.exit(int(argument))
+if word == "hang":
+    time.sleep(60)
+if word == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+listener = socket.socket(fileno=int(fd))
+os.write(int(ready), b"1")
+os.close(int(ready))
+while True:
+    with listener.accept()[0] as client:
+        if word == "crash":
+            os._exit(1)
+        about = [os.getpid(), os.getpgid(0), os.environ.get("CHATSERVER_REDIS_URL", "")]
+        client.sendall(" ".join(map(str, about)).encode())
+"""
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def gone(pid: int) -> bool:
+    """Whether it runs no more, even if nobody has asked for its exit code yet."""
+    try:
+        os.kill(pid, 0)
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except ProcessLookupError:
+        return True
+    except FileNotFoundError:  # Gone in between, or a system without /proc.
+        return Path("/proc/self").exists()
+
+
+class Host:
+    """A running supervisor and what its workers are told."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        self._orders = directory / "orders"
+        self._log = directory / "log"
+        (directory / "worker.py").write_text(WORKER)
+        self.order(environment.pop("ORDER", "serve"))
+        command = [sys.executable, "-c", SUPERVISOR, str(directory / "worker.py")]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, str(self._orders)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+                env={"PATH": os.environ["PATH"], **environment},
+            )
+
+    def order(self, order: str) -> None:
+        """What workers do that start from now on."""
+        self._orders.write_text(order)
+
+    def wait_ready(self) -> int:
+        """The port."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("ready"), self._log.read_text()
+        return int(line.split()[1])
+
+    def ask(self, port: int) -> tuple[int, int, str]:
+        """Process id, process group and store of whichever worker answers."""
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+            answer = client.makefile("rb").read().decode()
+        pid, group, *store = answer.split(" ")
+        return int(pid), int(group), " ".join(store)
+
+    def lives(self) -> list[int]:
+        """Every worker that ever started."""
+        path = self._orders.with_name("lives")
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = map(json.loads, self._log.read_text().splitlines())
+        return [line for line in lines if line["event"] == name]
+
+    def exit_code(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        eventually(lambda: all(map(gone, self.lives())))
+
+
+class StartHost(Protocol):
+    def __call__(self, order: str = "serve", **settings: object) -> Host: ...
+
+
+@pytest.fixture
+def start_host(tmp_path: Path) -> Iterator[StartHost]:
+    with ExitStack() as running:
+
+        def start(order: str = "serve", **settings: object) -> Host:
+            given: dict[str, object] = {
+                "secret": secrets.token_hex(32),
+                "redis_url": "redis://127.0.0.1:1",
+                "port": 0,
+                "drain_seconds": 0.2,
+                **settings,
+            }
+            environment = {f"CHATSERVER_{k.upper()}": str(v) for k, v in given.items()}
+            host = Host(tmp_path, {"ORDER": order, **environment})
+            running.enter_context(closing(host))
+            return host
+
+        yield start
+
+
+def test_every_worker_serves_one_port_and_a_signal_ends_them_all_with_0(
+    start_host: StartHost,
+) -> None:
+    host = start_host(workers=3)
+    port = host.wait_ready()
+    answered: set[int] = set()
+
+    def all_answered() -> bool:
+        answered.add(host.ask(port)[0])
+        return len(answered) == 3
+
+    eventually(all_answered)
+
+    host.signal(signal.SIGTERM)
+
+    assert host.exit_code() == 0
+    assert answered == set(host.lives())
+    assert host.events("worker_killed") == []
+
+
+def test_nothing_is_ready_before_every_worker_is(start_host: StartHost) -> None:
+    host = start_host("hang", workers=2)
+    eventually(lambda: len(host.lives()) == 2)
+    host.order("serve")
+
+    host.wait_ready()
+
+    assert len(host.events("worker_died")) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_drains(start_host: StartHost, number: signal.Signals) -> None:
+    host = start_host()
+    host.wait_ready()
+
+    host.signal(number)
+
+    assert host.exit_code() == 0
+    assert [event["signal"] for event in host.events("draining")] == [number.name]
+
+
+def test_the_second_signal_ends_at_once(start_host: StartHost) -> None:
+    host = start_host("deaf", drain_seconds=3600)
+    host.wait_ready()
+
+    host.signal(signal.SIGINT)
+    eventually(lambda: host.events("draining"))
+    host.signal(signal.SIGINT)
+
+    assert host.exit_code() == 0
+    assert len(host.events("worker_killed")) == 1
+
+
+def test_a_worker_that_never_ends_its_drain_is_killed(start_host: StartHost) -> None:
+    host = start_host("deaf", drain_seconds=0.01)
+    host.wait_ready()
+
+    host.signal(signal.SIGTERM)
+
+    assert host.exit_code() == 0
+    assert len(host.events("worker_killed")) == 1
+
+
+def test_ctrl_c_in_the_terminal_reaches_no_worker(start_host: StartHost) -> None:
+    """The terminal signals a process group: the workers are in others."""
+    host = start_host(workers=2)
+    port = host.wait_ready()
+
+    pid, group, _ = host.ask(port)
+
+    assert group == pid
+    assert os.getpgid(host.process.pid) != group
+
+
+def test_a_worker_that_dies_is_replaced_and_its_queue_lives_on(start_host: StartHost) -> None:
+    host = start_host()
+    port = host.wait_ready()
+    first, _, _ = host.ask(port)
+    os.kill(first, signal.SIGSTOP)
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as waiting:
+        os.kill(first, signal.SIGKILL)
+
+        answer = waiting.makefile("rb").read()
+
+    second = int(answer.split()[0])
+    assert host.lives() == [first, second]
+    assert host.events("worker_died")[0]["status"] == -signal.SIGKILL
+
+
+def test_workers_that_never_get_ready_end_it_all(start_host: StartHost) -> None:
+    host = start_host("exit 1")
+
+    assert host.exit_code() == 70
+    assert len(host.lives()) == 5
+
+
+def test_a_worker_that_hangs_at_its_start_counts_as_one_that_died(start_host: StartHost) -> None:
+    host = start_host("hang")
+    eventually(lambda: len(host.lives()) == 2)
+    host.order("exit 1")
+
+    assert host.exit_code() == 70
+    assert len(host.lives()) == 5
+    assert host.events("worker_died")[0]["status"] == -signal.SIGKILL
+
+
+def test_workers_that_keep_dying_end_it_all(start_host: StartHost) -> None:
+    host = start_host("crash")
+    port = host.wait_ready()
+
+    def poke() -> bool:
+        with suppress(OSError, ValueError):
+            host.ask(port)
+        return host.process.poll() is not None
+
+    eventually(poke)
+
+    assert host.exit_code() == 70
+    assert len(host.lives()) == 10
+
+
+@pytest.mark.parametrize("code", [69, 78])
+def test_a_worker_that_says_why_it_cannot_start_is_not_tried_again(
+    start_host: StartHost, code: int
+) -> None:
+    host = start_host(f"exit {code}")
+
+    assert host.exit_code() == code
+    assert len(host.lives()) == 1
+
+
+def test_once_it_serves_a_store_that_is_away_is_waited_for(start_host: StartHost) -> None:
+    host = start_host()
+    port = host.wait_ready()
+    host.order("once 69")
+    os.kill(host.ask(port)[0], signal.SIGKILL)
+
+    eventually(lambda: host.events("worker_ready")[1:])
+
+    assert [event["status"] for event in host.events("worker_died")] == [-signal.SIGKILL, 69]
+    assert host.process.poll() is None
+
+
+def test_no_worker_outlives_a_supervisor_that_was_killed(start_host: StartHost) -> None:
+    host = start_host("deaf", workers=2)
+    host.wait_ready()
+
+    host.signal(signal.SIGKILL)
+
+    eventually(lambda: len(host.lives()) == 2 and all(map(gone, host.lives())))
+
+
+def test_without_a_redis_url_workers_get_a_private_store_which_goes_last(
+    start_host: StartHost, tmp_path: Path
+) -> None:
+    host = start_host(redis_url="", data_dir=tmp_path / "data")
+    port = host.wait_ready()
+
+    _, _, store = host.ask(port)
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(store.removeprefix("unix://"))
+        link.sendall(b"PING\r\n")
+        assert link.recv(7) == b"+PONG\r\n"
+    host.signal(signal.SIGTERM)
+
+    assert host.exit_code() == 0
+    assert not Path(store.removeprefix("unix://")).exists()
+
+
+def test_a_private_store_that_dies_is_started_again(start_host: StartHost, tmp_path: Path) -> None:
+    host = start_host(redis_url="", data_dir=tmp_path / "data")
+    host.wait_ready()
+
+    os.kill(host.events("store_ready")[0]["pid"], signal.SIGKILL)
+
+    eventually(lambda: len(host.events("store_ready")) == 2)
+    assert host.process.poll() is None
+    assert len(host.lives()) == 1
+
+
+def test_a_private_store_that_keeps_dying_ends_it_all(
+    start_host: StartHost, tmp_path: Path
+) -> None:
+    host = start_host(redis_url="", data_dir=tmp_path / "data")
+    host.wait_ready()
+    (manifest,) = (tmp_path / "data" / "store" / "appendonlydir").glob("*.manifest")
+    manifest.write_text("nonsense")
+
+    os.kill(host.events("store_ready")[0]["pid"], signal.SIGKILL)
+
+    assert host.exit_code() == 69
+
+
+def test_a_port_in_use_is_refused_although_it_could_be_shared() -> None:
+    (taken,) = bind("127.0.0.1", 0, 1)
+    with taken:
+        port = taken.getsockname()[1]
+
+        with pytest.raises(ConfigurationError, match=f"Port {port} on 127.0.0.1 is in use"):
+            bind("127.0.0.1", port, 1)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "a" * 300, "x\udc80"])
+def test_an_address_that_is_not_ours_is_refused(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="CHATSERVER_HOST"):
+        bind(host, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["secret", "secret_previous"])
+@pytest.mark.parametrize("secret", ["short", "a" * 64, "changeme" * 4])
+def test_a_weak_secret_is_refused_and_not_repeated(name: str, secret: str) -> None:
+    reasons = refusals(load(env_file=None, **{name: secret}))
+
+    assert reasons
+    assert all(reason.startswith(f"CHATSERVER_{name.upper()} is not fit") for reason in reasons)
+    assert secret not in "\n".join(reasons)
+
+
+def test_tls_files_that_are_missing_or_nonsense_are_refused(tmp_path: Path) -> None:
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("nonsense")
+    missing = tmp_path / "missing.pem"
+
+    for path, why in ((nonsense, "they are not"), (missing, "No such file")):
+        (reason,) = refusals(load(env_file=None, tls_certfile=path, tls_keyfile=path))
+
+        assert why in reason
+
+
+class TestRestarts:
+    def test_the_wait_doubles_up_to_five_seconds(self) -> None:
+        restarts = Restarts()
+
+        waits = [restarts.died(60.0 * n, lived=1.0, was_ready=True) for n in range(8)]
+
+        assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+    def test_thirty_seconds_of_life_bring_it_back_to_the_first_wait(self) -> None:
+        restarts = Restarts()
+        restarts.died(0.0, lived=1.0, was_ready=True)
+        restarts.died(60.0, lived=1.0, was_ready=True)
+
+        assert restarts.died(120.0, lived=30.0, was_ready=True) == 0.1
+        assert restarts.died(180.0, lived=29.9, was_ready=True) == 0.2
+
+    def test_five_deaths_without_being_ready_are_enough(self) -> None:
+        restarts = Restarts()
+
+        waits = [restarts.died(100.0 * n, lived=1.0, was_ready=False) for n in range(5)]
+
+        assert waits[-1] is None
+        assert None not in waits[:-1]
+
+    def test_being_ready_once_starts_that_count_anew(self) -> None:
+        restarts = Restarts()
+
+        waits = [restarts.died(100.0 * n, lived=1.0, was_ready=n == 3) for n in range(8)]
+
+        assert None not in waits
+
+    def test_ten_deaths_within_a_minute_are_enough(self) -> None:
+        restarts = Restarts()
+
+        waits = [restarts.died(6.6 * n, lived=1.0, was_ready=True) for n in range(10)]
+
+        assert waits[-1] is None
+        assert None not in waits[:-1]
+
+    def test_ten_deaths_in_more_than_a_minute_are_borne(self) -> None:
+        restarts = Restarts()
+
+        waits = [restarts.died(6.7 * n, lived=1.0, was_ready=True) for n in range(20)]
+
+        assert None not in waits
