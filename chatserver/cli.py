@@ -14,6 +14,7 @@ import re
 import secrets
 import shlex
 import socket
+import sys
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import Awaitable, Callable
@@ -49,7 +50,12 @@ EXIT_NO = 1
 CUTOFF_SECONDS = 0.5
 """How long issuing a token waits for a store, which it can do without."""
 
-EXIT_CODES = """\b
+EPILOG = """\b
+Example:
+  chatserver serve
+  chatserver chat --room general --user bob
+
+\b
 Exit codes:
   0   it is done; the server stopped as it was told to
   1   the answer is no: a token is not good, a chat was refused
@@ -90,7 +96,7 @@ def complain(*sentences: str) -> None:
 
 @click.group(
     cls=Commands,
-    epilog=EXIT_CODES,
+    epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 def main() -> None:
@@ -210,7 +216,11 @@ def worker(context: click.Context, fd: int, ready_fd: int) -> None:
 # -- tokens -----------------------------------------------------------------------------------
 
 
-@main.group()
+@main.group(
+    epilog="""\b
+Example:
+  chatserver token issue --user alice --role member"""
+)
 def token() -> None:
     """Issue and inspect access tokens."""
 
@@ -374,7 +384,7 @@ def inspect(context: click.Context, text: str) -> None:
     """
     settings = load()
     if text == "-":
-        text = click.get_binary_stream("stdin").read(1 << 20).decode(errors="replace").strip()
+        text = sys.stdin.buffer.read(1 << 20).decode(errors="replace").strip()
     report = _inspect(keyring_of(settings), _secrets(settings), text, time.time())
     click.echo(json.dumps(report, indent=2))
     context.exit(EXIT_OK if report["good"] else EXIT_NO)
@@ -465,7 +475,8 @@ def _unreachable(settings: Settings, error: StoreUnavailable) -> str:
     if settings.redis_url is None:
         return f"The private store in {settings.data_dir} is not running: start the server first."
     url = settings.redis_url.get_secret_value()
-    return f"The store at {url} cannot be reached: {error}."
+    why = str(error).rstrip(".")
+    return f"The store at {url} cannot be reached: {why}. Is CHATSERVER_REDIS_URL right?"
 
 
 # -- chat and check ---------------------------------------------------------------------------

@@ -140,13 +140,13 @@ def parse_command(data: bytes) -> Command:
     except RecursionError:  # msgspec's own, from members nested hundreds deep
         raise _unreadable(document) from None
     if type(command) is Send:
-        _check_send(command, document)
+        _check_send(command)
     elif type(command) is History and not (command.before is UNSET or command.after is UNSET):
         raise InvalidCommand(ReplyCode.INVALID, id=_id_of(document), path="$.after")
     return command
 
 
-def _check_send(command: Send, document: dict[str, object]) -> None:
+def _check_send(command: Send) -> None:
     """What no type can say: one destination, different rooms, a body that is not too deep."""
     path = None
     if (command.room is UNSET) == (command.rooms is UNSET):

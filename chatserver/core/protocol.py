@@ -362,22 +362,19 @@ class ChatProtocol:
         if isinstance(command, frames.Send):
             for room in (command.room,) if command.rooms is UNSET else command.rooms:
                 assert room is not UNSET
-                refused = self._spend(self._sends, now)
-                exchange.destinations.append(Destination(room, refused))
-            if command.rooms is UNSET and (refused := exchange.destinations[0].refused):
+                exchange.destinations.append(Destination(room, _spend(self._sends, now)))
+            # The rooms are paid for one by one, so the last is refused if any is.
+            refused = exchange.destinations[-1].refused
+            if refused and command.rooms is UNSET:
                 exchange.reply = _error_frame(refused, command.reply_to)
-        elif refused := self._spend(self._commands, now):
+        elif refused := _spend(self._commands, now):
             reply_to = None if command is None else command.reply_to
             exchange.reply = exchange.reply or _error_frame(refused, reply_to)
-
-    def _spend(self, budget: Budget, now: float) -> dict[str, object] | None:
-        wait = budget.spend(now)
-        if not wait:
-            return None
-        self._patience = self._patience or Patience()
-        if self._patience.refused(now) is Verdict.DISCONNECT:
-            self.disconnect(errors.RATE_LIMITED)
-        return frames.refusal(ReplyCode.RATE_LIMITED, retry_after=int(wait * 1000) + 1)
+        if refused:
+            # Once for the command, however many rooms: a thousand of any kind are borne.
+            self._patience = self._patience or Patience()
+            if self._patience.refused(now) is Verdict.DISCONNECT:
+                self.disconnect(errors.RATE_LIMITED)
 
     # Starting a command.
 
@@ -568,8 +565,9 @@ class ChatProtocol:
         self._adopt(new, reply_to)
 
     def _adopt(self, identity: Identity, reply_to: CommandId | None) -> None:
+        # Told once for each token: a client that answered with the same one would never be done.
+        self._expiring_told &= identity.token_id == self.identity.token_id
         self.identity = identity
-        self._expiring_told = False
         self._effects.append(Identify(identity))
         lost = sorted(room for room in self._rooms if "r" not in rights(identity, room))
         for room in lost:
@@ -636,6 +634,14 @@ class ChatProtocol:
                 },
             }
         )
+
+
+def _spend(budget: Budget, now: float) -> dict[str, object] | None:
+    """Take one from the budget, or return the refusal's fields."""
+    wait = budget.spend(now)
+    if not wait:
+        return None
+    return frames.refusal(ReplyCode.RATE_LIMITED, retry_after=int(wait * 1000) + 1)
 
 
 def _result(destination: Destination, outcome: Outcome | None) -> dict[str, object]:

@@ -16,7 +16,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, cast
 
 from websockets.exceptions import HeaderLineTooLong, RequestLineTooLong, TooManyHeaders
-from websockets.frames import Frame, Opcode
+from websockets.frames import Close, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State as WebSocketState
 from websockets.server import ServerProtocol
@@ -41,13 +41,17 @@ READ_BYTES = 16_384
 """Read from one connection before the others have their turn: 2,700 of the smallest frames."""
 CLOSE_SECONDS = 2.0
 """How long the peer has to answer a close frame."""
-SEVER_SECONDS = 0.25
-"""The same for a peer that must be gone: a revoked one could go on talking for that long."""
 
 # One for all connections: what is read is taken over before the next read.
 _READ_BUFFER = memoryview(bytearray(READ_BYTES))
 
 PING = Frame(Opcode.PING, b"").serialize(mask=False)
+
+
+def farewell(why: Disconnect) -> bytes:
+    """Bye and close frame, the same for everyone who must go for this reason."""
+    close = Frame(Opcode.CLOSE, Close(why.code, why.reason).serialize())
+    return text_frame(frames.bye(why)) + close.serialize(mask=False)
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -77,6 +81,7 @@ class Owner(Protocol):
     def violated(self, connection: Connection, why: Disconnect) -> None: ...
     def stalled(self, connection: Connection) -> None: ...
     def drained(self, connection: Connection) -> None: ...
+    def ended(self, connection: Connection) -> None: ...
     def lost(self, connection: Connection) -> None: ...
 
 
@@ -103,6 +108,7 @@ class Connection(asyncio.BufferedProtocol):
         "__weakref__",
         "_fragments",
         "_owner",
+        "_severed",
         "_text",
         "_timer",
         "_websocket",
@@ -130,6 +136,7 @@ class Connection(asyncio.BufferedProtocol):
         self._owner = owner
         self._websocket = ServerProtocol(max_size=frame_bytes, logger=_SILENT)  # type: ignore[arg-type]
         self._fragments: list[bytes] | None = None
+        self._severed = False
         self._text = True
         self._timer: asyncio.TimerHandle | None = None
         self.phase = Phase.HANDSHAKE
@@ -174,6 +181,8 @@ class Connection(asyncio.BufferedProtocol):
             loop.call_soon(self._read_on)
 
     def _receive_data(self, data: memoryview) -> None:
+        if self._severed:
+            return
         websocket = self._websocket
         try:
             websocket.receive_data(data)  # type: ignore[arg-type]  # bytes-like is what it needs
@@ -328,17 +337,12 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._read_on()
 
-    def close(self, why: Disconnect, after: int | None, *, sever: bool = False) -> None:
-        """Say bye and close. ``sever``: whoever it is must be gone now, polite or not."""
+    def close(self, why: Disconnect, after: int | None) -> None:
+        """Say bye and close; the peer has two seconds to do the same."""
         if self.phase is not Phase.OPEN:
             return
-        self.phase = Phase.CLOSING
+        self.deafen()
         if self.transport.is_closing():
-            return
-        unread = self.transport.get_write_buffer_size()
-        if sever and unread:
-            # What waits there must not reach it, and nothing can overtake it.
-            self.transport.abort()
             return
         self._websocket.send_close(why.code, why.reason)
         closing = b"".join(self._websocket.data_to_send())
@@ -346,7 +350,28 @@ class Connection(asyncio.BufferedProtocol):
         # The peer's close frame is awaited; with unread bytes the kernel would answer them with
         # a reset that overtakes our close frame.
         self.transport.resume_reading()
-        self.set_deadline(SEVER_SECONDS if sever else CLOSE_SECONDS)
+        self.set_deadline(CLOSE_SECONDS)
+
+    def deafen(self) -> None:
+        """From this moment on nothing is accepted from the peer nor delivered to it."""
+        self.phase = Phase.CLOSING
+        self.expires_at = 0.0
+
+    def sever(self, farewell: bytes) -> None:
+        """Send the farewell and the end of the stream at once; the owner aborts what is left.
+
+        A polite close would leave a peer that ignores it seconds in which to go on.
+        """
+        if self.transport.is_closing():
+            return
+        if self.transport.get_write_buffer_size():
+            # What waits there must not reach it, and nothing can overtake it.
+            self.transport.abort()
+            return
+        self._severed = True
+        self.transport.write(farewell)
+        if self.transport.can_write_eof():
+            self._write_eof()
 
     def abort(self) -> None:
         self.transport.abort()
@@ -365,7 +390,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _end(self) -> None:
         """websockets has ended it: a response, an echoed close frame, or an error's."""
-        self.phase = Phase.CLOSING
+        self.deafen()
+        self._owner.ended(self)
         self._flush()
         self.set_deadline(CLOSE_SECONDS)
         if self._websocket.close_rcvd is not None:
@@ -377,6 +403,9 @@ class Connection(asyncio.BufferedProtocol):
         if self._websocket.close_rcvd is not None or not self.transport.can_write_eof():
             self.transport.close()
             return
+        self._write_eof()
+
+    def _write_eof(self) -> None:
         try:
             self.transport.write_eof()
         except (OSError, RuntimeError):  # uvloop: the socket may be gone already

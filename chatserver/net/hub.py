@@ -43,7 +43,7 @@ from chatserver.core.protocol import (
 )
 from chatserver.core.room import Reading
 from chatserver.core.session import Kind, Revocation
-from chatserver.net.connection import PING, Connection, Phase
+from chatserver.net.connection import PING, Connection, Phase, farewell
 from chatserver.net.fanout import Fanout
 from chatserver.net.wheel import Wheel
 from chatserver.store.keyring import Keyring
@@ -56,6 +56,11 @@ DRAIN_RATE = 2000
 
 log = telemetry.logger(__name__)
 
+SEVER_BATCH = 500
+SEVER_SECONDS = 0.25
+"""How long a revoked peer may keep its end of the connection; it is not listened to any more."""
+
+_REVOKED = farewell(errors.SESSION_REVOKED)
 _UNAVAILABLE = Failed(ReplyCode.UNAVAILABLE)
 
 
@@ -218,9 +223,25 @@ class Hub:
             case Kind.TOKEN:
                 # Rare enough to look at all of them, 2 ms for 20,000.
                 found = list(self)
-        for connection in found:
-            if revocation.covers(connection.chat.identity):
-                self.disconnect(connection, errors.SESSION_REVOKED)
+        covered = [c for c in found if revocation.covers(c.chat.identity)]
+        for connection in covered:
+            connection.deafen()
+        self._sever(covered)
+
+    def _sever(self, connections: list[Connection]) -> None:
+        """Close frames first, so that the last of a thousand leaves early; forget them after."""
+        loop = asyncio.get_running_loop()
+        batch, rest = connections[:SEVER_BATCH], connections[SEVER_BATCH:]
+        for connection in batch:
+            connection.sever(_REVOKED)
+        loop.call_soon(self._forget, batch)
+        if rest:
+            loop.call_soon(self._sever, rest)
+
+    def _forget(self, severed: list[Connection]) -> None:
+        for connection in severed:
+            self.remove(connection)
+        asyncio.get_running_loop().call_later(SEVER_SECONDS, _abort, severed)
 
     async def drain(self, seconds: float) -> None:
         """Tell every connection to leave within the time, each with its own moment to return.
@@ -307,7 +328,7 @@ class Hub:
             connection.id,
             partial(self._published, connection, effect.ref),
             # What a revoked connection had queued is dropped before it goes out.
-            wanted=lambda: not connection.chat.closed,
+            wanted=lambda: connection.phase is Phase.OPEN,
         )
 
     def _published(
@@ -378,8 +399,12 @@ class Hub:
         return Verified(identity, self._mirror.covers(identity))
 
     def _close(self, connection: Connection, why: Disconnect) -> None:
-        connection.close(why, _after(why), sever=why is errors.SESSION_REVOKED)
-        self.remove(connection)
+        if why is errors.SESSION_REVOKED:
+            connection.deafen()
+            self._sever([connection])
+        else:
+            connection.close(why, _after(why))
+            self.remove(connection)
 
     # Time.
 
@@ -434,6 +459,12 @@ class Hub:
         """Something may be due earlier than was known: a new token's expiry, a slow reader."""
         now = asyncio.get_running_loop().time()
         self._schedule(connection, min(connection.due_at, self._wake_at(connection, now)))
+
+
+def _abort(connections: list[Connection]) -> None:
+    for connection in connections:
+        if connection.phase is not Phase.LOST:
+            connection.abort()
 
 
 def _after(why: Disconnect) -> int | None:

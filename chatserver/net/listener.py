@@ -134,6 +134,9 @@ class Listener:
     def drained(self, connection: Connection) -> None:
         self._hub.drained(connection)
 
+    def ended(self, connection: Connection) -> None:
+        self._hub.remove(connection)
+
     def lost(self, connection: Connection) -> None:
         self._open -= 1
         self._emptied.set()

@@ -23,7 +23,12 @@ SLICE = 50
 """Receivers read before publishers are looked after again: some 100 µs."""
 TEXT, CLOSE = 1, 8
 ACK, MESSAGE, WELCOME = b'{"type":"ack"', b'{"type":"message"', b'{"type":"welcome"'
+JOIN_TRIES = 5
 _LINGER_NOT = struct.pack("ii", 1, 0)
+
+
+class Busy(Exception):
+    """The server could not do it just now; it may be repeated."""
 
 
 def upgrade(token: str | None, path: str = "/v1/ws") -> bytes:
@@ -127,9 +132,22 @@ def _finish(clients: list[socket.socket], first: int, room_of: Callable[[int], s
         room = room_of(index)
         if room is not None:
             client.sendall(join(room))
-            joining.append(client)
-    for client in joining:
-        await_frame(client, ACK, bytearray())
+            joining.append((client, room))
+    for client, room in joining:
+        _await_join(client, room)
+
+
+def _await_join(client: socket.socket, room: str) -> None:
+    """Wait for the ack; a join the server was too busy for is repeated, as any client would."""
+    for _ in range(JOIN_TRIES):
+        try:
+            await_frame(client, ACK, bytearray())
+        except Busy:
+            print(f"  note: the join of {room} was answered unavailable and is repeated")
+            client.sendall(join(room))
+        else:
+            return
+    raise RuntimeError(f"the join of {room} was refused {JOIN_TRIES} times")
 
 
 def await_upgrade(client: socket.socket) -> bytearray:
@@ -147,11 +165,16 @@ def await_upgrade(client: socket.socket) -> bytearray:
 
 
 def await_frame(client: socket.socket, start: bytes, buffer: bytearray) -> None:
-    """Read frames up to one that begins so. Nothing may follow it yet."""
+    """Read frames up to one that begins so. Nothing may follow it yet.
+
+    Raises Busy for an error ``unavailable``, RuntimeError for any other.
+    """
     while True:
         for _, payload, _ in take_frames(buffer):
             if payload.startswith(start):
                 return
+            if b'"code":"unavailable"' in payload:
+                raise Busy
             if payload.startswith(b'{"type":"error"'):
                 raise RuntimeError(f"a command was refused: {payload!r}")
         data = client.recv(65536)

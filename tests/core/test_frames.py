@@ -561,14 +561,17 @@ def check(data: bytes) -> None:
     document = json.loads(data)
     sent = id_sent(document)
     assert (type(command.reply_to), command.reply_to) == (type(sent), sent)
-    assert type(command) is {
-        "join": Join,
-        "leave": Leave,
-        "send": Send,
-        "history": History,
-        "refresh": Refresh,
-        "ping": Ping,
-    }[document["type"]]
+    assert (
+        type(command)
+        is {
+            "join": Join,
+            "leave": Leave,
+            "send": Send,
+            "history": History,
+            "refresh": Refresh,
+            "ping": Ping,
+        }[document["type"]]
+    )
     if isinstance(command, Send):
         raw = bytes(command.body)
         assert raw in data

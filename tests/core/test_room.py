@@ -15,9 +15,7 @@ from chatserver.core.room import HELD_EVENTS, Event, Feed, Reading, Recovery, St
 # --- rights --------------------------------------------------------------------------------
 
 
-def bearer(
-    *roles: str, user: str = "alice", rooms: Mapping[str, str] | None = None
-) -> Identity:
+def bearer(*roles: str, user: str = "alice", rooms: Mapping[str, str] | None = None) -> Identity:
     return Identity(
         user=user,
         session="s1",
@@ -499,9 +497,7 @@ class FeedMachine(RuleBasedStateMachine):
         self.unheard = False
         """Something was lost, and neither has a miss been told since nor the log been read."""
 
-    @initialize(
-        before=st.integers(0, 5), keep=st.integers(0, 5), meanwhile=st.integers(0, 3)
-    )
+    @initialize(before=st.integers(0, 5), keep=st.integers(0, 5), meanwhile=st.integers(0, 3))
     def subscribe(self, before: int, keep: int, meanwhile: int) -> None:
         for _ in range(before):
             self.log.append()
