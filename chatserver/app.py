@@ -169,7 +169,7 @@ def limits_of(settings: Settings) -> Limits:
         send_rate=settings.send_rate,
         send_burst=settings.send_burst,
         command_rate=settings.command_rate,
-        command_burst=settings.command_burst,
+        command_burst=settings.command_burst or settings.rooms + 64,
         key_window=settings.key_window,
         history=settings.history,
         replay=settings.replay,

@@ -48,10 +48,10 @@ _READ_BUFFER = memoryview(bytearray(READ_BYTES))
 PING = Frame(Opcode.PING, b"").serialize(mask=False)
 
 
-def farewell(why: Disconnect) -> bytes:
+def farewell(why: Disconnect, after: int | None = None) -> bytes:
     """Bye and close frame, the same for everyone who must go for this reason."""
     close = Frame(Opcode.CLOSE, Close(why.code, why.reason).serialize())
-    return text_frame(frames.bye(why)) + close.serialize(mask=False)
+    return text_frame(frames.bye(why, after)) + close.serialize(mask=False)
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -192,11 +192,12 @@ class Connection(asyncio.BufferedProtocol):
         if self.phase is Phase.HANDSHAKE:
             self._receive_handshake(events)
             return
-        self._flush()
         for event in events:
             if self.phase is not Phase.OPEN:
                 break
             self._receive(cast(Frame, event))
+        # After the messages: what answers them must not follow websockets' close frame.
+        self._flush()
         if self.phase is Phase.OPEN and websocket.state is not WebSocketState.OPEN:
             self._end()
 
@@ -250,17 +251,24 @@ class Connection(asyncio.BufferedProtocol):
         self.cancel_deadline()
         # websockets' parser keeps the request: 2.5 KB a socket, and the token among it.
         request.headers.clear()
+        early = b"".join(self._websocket.data_to_send())
         self._websocket.send_response(response)
         self.phase = Phase.OPEN
         self._flush()
+        if early:
+            self.write(early)
 
     def respond(self, response: Response) -> None:
         """Send an answer that ends the connection."""
+        self._websocket.data_to_send()  # pongs before their time
         self._websocket.send_response(response)
         self._end()
 
     def _receive_handshake(self, events: Sequence[object]) -> None:
-        if events and isinstance(events[0], Request):
+        if self._websocket.eof_sent and self._websocket.handshake_exc is None:
+            # Frames came along with the request, and were none: another request, most likely.
+            self._refuse_malformed(ValueError("frames before their time"))
+        elif events and isinstance(events[0], Request):
             # A message that came along with the request is one before its time.
             self._owner.requested(self, events[0])
             for event in events[1:]:
@@ -344,9 +352,14 @@ class Connection(asyncio.BufferedProtocol):
         self.deafen()
         if self.transport.is_closing():
             return
-        self._websocket.send_close(why.code, why.reason)
-        closing = b"".join(self._websocket.data_to_send())
-        self.transport.write(text_frame(frames.bye(why, after)) + closing)
+        # By itself, for websockets may have ended it already: over what came behind the offence,
+        # in one segment with it.
+        if self._websocket.state is WebSocketState.OPEN:
+            self._websocket.send_close(why.code, why.reason)
+        self._websocket.data_to_send()
+        self.transport.write(farewell(why, after))
+        if self._websocket.eof_sent:
+            self._half_close()
         # The peer's close frame is awaited; with unread bytes the kernel would answer them with
         # a reset that overtakes our close frame.
         self.transport.resume_reading()

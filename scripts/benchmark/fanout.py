@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import statistics
 import time
@@ -175,7 +174,7 @@ def run(seconds: float, sockets: int | None) -> dict[str, object]:
                 for subject in subjects:
                     subject.measure(window, seconds)
     rows = [_row(subject, window, subjects) for window in WINDOWS for subject in subjects]
-    notes += [note for row in rows if (note := _bottleneck(row))]
+    notes += [note for row in rows if (note := _warning(row))]
     return {"sockets": sockets, "rows": rows, "notes": notes}
 
 
@@ -200,13 +199,17 @@ def _row(subject: Subject, window: int, subjects: list[Subject]) -> dict[str, ob
     return row
 
 
-def _bottleneck(row: dict[str, object]) -> str | None:
+def _warning(row: dict[str, object]) -> str | None:
+    """Why the figure is not the server's own, if it is not."""
     shares = row["cpu"]
     assert isinstance(shares, dict)
-    other_core = math.fsum(share for name, share in shares.items() if name != "server")
+    who = f"{row['server']}, W={row['window']}"
+    other_core = shares["client"] + shares.get("store", 0.0)
     if shares["server"] < 0.9 and other_core > 0.9:
         return (
-            f"{row['server']}, W={row['window']}: the client is the bottleneck "
-            f"(server {shares['server']:.0%} of its core, the other core {other_core:.0%})"
+            f"{who}: the client is the bottleneck (server {shares['server']:.0%} of its core, "
+            f"the other core {other_core:.0%})"
         )
+    if shares["disturbed"] > 0.1:
+        return f"{who}: other processes had the server's core for {shares['disturbed']:.0%}"
     return None

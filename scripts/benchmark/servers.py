@@ -57,6 +57,10 @@ class Process:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
+    def waited_seconds(self) -> float:
+        """How long it was ready to run and another process had its core."""
+        return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+
     def memory(self) -> int:
         """Resident bytes, after a collection of garbage. Only of a worker."""
         os.kill(self.pid, signal.SIGUSR1)
@@ -213,7 +217,11 @@ def _store_binary() -> str:
 
 
 class Usage:
-    """Shares of a core that processes and this one take, from ``start`` to ``shares``."""
+    """Shares of a core that processes and this one take, from ``start`` to ``shares``.
+
+    ``disturbed`` is the share of the time in which the server had to wait for its core: someone
+    else is using the machine.
+    """
 
     def __init__(self, **processes: Process) -> None:
         self._processes = processes
@@ -225,7 +233,9 @@ class Usage:
 
     def _now(self) -> dict[str, float]:
         used = {name: process.cpu_seconds() for name, process in self._processes.items()}
-        return used | {"client": time.process_time()}
+        used["client"] = time.process_time()
+        used["disturbed"] = self._processes["server"].waited_seconds()
+        return used
 
     def shares(self) -> dict[str, float]:
         elapsed = time.monotonic() - self._at

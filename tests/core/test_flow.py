@@ -143,7 +143,7 @@ def test_refusals_that_go_on_for_five_seconds_are_a_flood() -> None:
 
     assert verdicts[:160] == [Verdict.BEAR] * 160
     assert verdicts[160] is Verdict.DISCONNECT
-    assert 160 / 32 == FLOOD_SECONDS
+    assert FLOOD_SECONDS == 160 / 32
 
 
 def test_few_refusals_are_borne_however_long_they_go_on() -> None:

@@ -195,7 +195,11 @@ class Raw:
         sock.setblocking(False)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
+        except OSError:
+            sock.close()
+            raise
         # A small limit: what is not asked for stays in the kernel, and the peer notices.
         return cls(*await asyncio.open_connection(sock=sock, limit=2**16))
 
