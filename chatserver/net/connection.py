@@ -208,6 +208,9 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.phase = Phase.LOST
         self.cancel_deadline()
+        # The parser is a generator that refers to its protocol: a cycle, which only a full
+        # collection would free, and those are rare (app.py).
+        self._websocket.parser.close()
         self._owner.lost(self)
 
     def pause_writing(self) -> None:

@@ -374,6 +374,9 @@ class Fanout:
         for read in waiting:
             read()
         if again and room.feed.offset is not None:
+            # A reading that is under way may have been taken before: one more is wanted after it.
+            room.feed.miss()
+            self._unrepaired.add(room)
             self._repair(room)
 
     def _dispatch(self, room: Room, step: Step) -> None:

@@ -27,6 +27,10 @@ JOIN_TRIES = 5
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
 
+repeated_joins: list[str] = []
+"""Rooms whose join was answered ``unavailable``, once for each time; the benchmark tells."""
+
+
 class Busy(Exception):
     """The server could not do it just now; it may be repeated."""
 
@@ -143,7 +147,7 @@ def _await_join(client: socket.socket, room: str) -> None:
         try:
             await_frame(client, ACK, bytearray())
         except Busy:
-            print(f"  note: the join of {room} was answered unavailable and is repeated")
+            repeated_joins.append(room)
             client.sendall(join(room))
         else:
             return

@@ -102,9 +102,7 @@ async def test_commands_go_out_in_the_order_submitted(running: Running, valkey: 
     assert stored == [b"%d" % n for n in range(100)]
 
 
-async def test_many_commands_become_few_round_trips(
-    running: Running, own_valkey: Valkey
-) -> None:
+async def test_many_commands_become_few_round_trips(running: Running, own_valkey: Valkey) -> None:
     """Of a thousand submitted at once, a pipeline takes as many as fit: each is one read there."""
     lane = running.lane(own_valkey.url, batch=100)
     await lane.call(["PING"])

@@ -428,9 +428,7 @@ async def test_from_oldest_reads_on_where_a_trimmed_log_begins(rooms: Rooms, roo
     assert offsets(beyond) == []
 
 
-async def test_a_read_stops_at_its_bytes_but_one_event_always_fits(
-    rooms: Rooms, room: str
-) -> None:
+async def test_a_read_stops_at_its_bytes_but_one_event_always_fits(rooms: Rooms, room: str) -> None:
     await rooms.fill(room, 10, size=1000)
 
     assert offsets(await rooms.read(room, after=0, size=3500)) == [1, 2, 3]

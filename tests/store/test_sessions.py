@@ -49,8 +49,7 @@ class Mirrors:
         )
         subscription.subscribe(CHANNEL)
         self.tasks = [
-            asyncio.create_task(run())
-            for run in (self.lane.run, subscription.run, self.mirror.run)
+            asyncio.create_task(run()) for run in (self.lane.run, subscription.run, self.mirror.run)
         ]
 
     async def close(self) -> None:

@@ -22,11 +22,12 @@ Predicate = Callable[[Frame], object]
 
 
 class Client:
-    """A WebSocket whose frames are looked at one by one; ``seen`` keeps all that came."""
+    """A WebSocket whose frames can be asked for out of turn; ``seen`` keeps them as they came."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
         self.seen: list[Frame] = []
+        self._unasked: list[Frame] = []
         self.welcome: Frame = {}
         self._ids = 0
 
@@ -67,6 +68,11 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # Not politely: a close frame would wait behind all that has not been read.
+        self.socket.transport.abort()
+        await self.socket.wait_closed()
+
+    async def close(self) -> None:
         await self.socket.close()
 
     # Sending.
@@ -110,17 +116,28 @@ class Client:
         assert isinstance(text, str)
         return text
 
-    async def receive(self, within: float = 0) -> Frame:
+    async def _take(self, within: float = 0) -> Frame:
         frame: Frame = json.loads(await self.receive_text(within))
         self.seen.append(frame)
         return frame
 
+    async def receive(self, within: float = 0) -> Frame:
+        """The next frame that was not asked for before."""
+        return self._unasked.pop(0) if self._unasked else await self._take(within)
+
+    def forget(self) -> None:
+        """Nobody will ask for what has come so far."""
+        self._unasked.clear()
+
     async def expect(self, wanted: Predicate | str, within: float = 0) -> Frame:
-        """The next frame that matches; a str is a type. Those before it are only in ``seen``."""
+        """The first frame that matches; a str is a type. Others stay, to be asked for later."""
         matches = (lambda frame: frame["type"] == wanted) if isinstance(wanted, str) else wanted
+        for place, frame in enumerate(self._unasked):
+            if matches(frame):
+                return self._unasked.pop(place)
         async with asyncio.timeout(within or PATIENCE):
-            while not matches(frame := await self.receive()):
-                pass
+            while not matches(frame := await self._take()):
+                self._unasked.append(frame)
         return frame
 
     async def messages(self, count: int, room: str | None = None) -> list[Frame]:
@@ -133,12 +150,12 @@ class Client:
         ]
 
     async def until_closed(self, within: float = 0) -> tuple[list[Frame], int]:
-        """Every frame until the server closes, and the close code."""
-        frames: list[Frame] = []
+        """Every frame not asked for until the server closes, and the close code."""
+        frames, self._unasked = self._unasked, []
         try:
             async with asyncio.timeout(within or PATIENCE):
                 while True:
-                    frames.append(await self.receive())
+                    frames.append(await self._take())
         except ConnectionClosed as closed:
             return frames, 1006 if closed.rcvd is None else closed.rcvd.code
 

@@ -38,14 +38,16 @@ class Worker:
         }
         self._environment |= {
             f"CHATSERVER_{name.upper()}": str(value)
-            for name, value in {
-                "secret": issuer.secret,
-                "redis_url": redis_url,
-                # Tests are a thousand users on one address.
-                "handshake_rate": 100_000,
-                "drain_seconds": 1,
-            }.items()
-            | settings.items()
+            for name, value in (
+                {
+                    "secret": issuer.secret,
+                    "redis_url": redis_url,
+                    # Tests are a thousand users on one address.
+                    "handshake_rate": 100_000,
+                    "drain_seconds": 1,
+                }
+                | settings
+            ).items()
         }
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -146,8 +148,6 @@ def _serve(door: int, readiness: int) -> int:
         os.close(readiness)
 
     return app.run(configured, sock, ready)
-
-
 
 
 if __name__ == "__main__":
