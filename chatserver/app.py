@@ -15,7 +15,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import uvloop
 
@@ -125,8 +125,7 @@ class Worker:
             try:
                 return await self._serve(sock, ready)
             finally:
-                for task in running:
-                    task.cancel()
+                await _end(running)
 
     async def _serve(self, sock: socket.socket, ready: Callable[[], None]) -> int:
         if not await self._current():
@@ -177,6 +176,15 @@ class Worker:
             if time.monotonic() - reported_at > REPORT_SECONDS:
                 reported_at = time.monotonic()
                 self._listener.report()
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel until it is done: a TaskGroup loses a cancellation that meets a child's failure."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.1)
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -180,9 +180,10 @@ def banner(settings: Settings, address: Address) -> str:
 def _variables(settings: Settings) -> list[str]:
     """What the other terminal's commands must be told, as a shell takes it."""
     fields = Settings.model_fields
+    on_their_own = settings.secret is not None and settings.redis_url is not None
     return [
         f"{variable(name)}={shlex.quote(str(getattr(settings, name)))}"
-        for name in ("data_dir", "issuer", "audience")
+        for name in (*(() if on_their_own else ("data_dir",)), "issuer", "audience")
         if getattr(settings, name) != fields[name].get_default(call_default_factory=True)
     ]
 

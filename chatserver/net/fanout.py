@@ -193,8 +193,11 @@ class Fanout:
         room.behind += 1
 
         def opened(reading: Reading | StoreUnavailable) -> None:
-            if isinstance(reading, Reading) and room.feed.offset is None:
-                self._dispatch(room, room.feed.start(reading))
+            if isinstance(reading, Reading):
+                if room.feed.offset is None:
+                    self._dispatch(room, room.feed.start(reading))
+                else:
+                    self._compare(room, reading)
             done(reading)
 
         def read() -> None:
@@ -290,6 +293,10 @@ class Fanout:
             if room.recent and room.recent[0].offset <= member.position + 1:
                 self._serve(member, [e for e in room.recent if e.offset > member.position])
                 return
+        if room.reading and member.epoch != feed.epoch:
+            # The room is about to learn of another epoch; one of the two is out of date.
+            self._retry.add(member)
+            return
         member.reading = True
         self._log.read(
             room.name,
@@ -305,6 +312,7 @@ class Fanout:
         if isinstance(reading, StoreUnavailable):
             self._retry.add(member)
             return
+        self._compare(member.room, reading)
         if not _receptive(member.connection):
             return
         if reading.epoch != member.epoch or reading.top < member.position:
@@ -416,6 +424,13 @@ class Fanout:
             epoch=feed.epoch,
             after=feed.offset,
         )
+
+    def _compare(self, room: Room, reading: Reading) -> None:
+        """A reading made for a member may show that the room's own epoch is over."""
+        if room.feed.offset is not None and reading.epoch != room.feed.epoch:
+            room.feed.miss()
+            self._unrepaired.add(room)
+            self._repair(room)
 
     def _receive_repair(self, room: Room, reading: Reading | StoreUnavailable) -> None:
         room.reading = False

@@ -204,7 +204,7 @@ async def test_joining_again_repositions(
     async with await Client.connect(worker.url, issuer.token(user)) as client:
         epoch = (await client.join(room))["epoch"]
         await filled(client, room, 5)
-        await client.expect(lambda frame: frame["type"] == "message" and frame["offset"] == 5)
+        await client.messages(5)
         await client.join(room, since={"epoch": epoch, "offset": 3})
         again = await client.messages(2)
         await client.publish(room, "live")
@@ -511,7 +511,7 @@ async def test_the_senders_order_is_the_order_of_the_room(
         for client in clients:
             await client.command("send", room=room, body=n)
     events = await reader.messages(500)
-    await asyncio.gather(*[client.close() for client in clients])
+    await asyncio.gather(*[client.drop() for client in clients])
 
     assert places(events) == span(1, 500)
     for n in range(5):

@@ -68,11 +68,15 @@ class Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # Not politely: a close frame would wait behind all that has not been read.
+        await self.drop()
+
+    async def drop(self) -> None:
+        """Vanish. A close frame would wait behind all that has not been read."""
         self.socket.transport.abort()
         await self.socket.wait_closed()
 
     async def close(self) -> None:
+        """Leave politely; everything must have been read."""
         await self.socket.close()
 
     # Sending.

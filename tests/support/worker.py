@@ -124,6 +124,7 @@ class Worker:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                raise AssertionError("the worker did not end on SIGTERM") from None
         self._process = None
         log = self.log()
         found = self.issuer.secrets_in(log)
