@@ -412,8 +412,9 @@ def _inspect(keyring: Keyring, keys: list[bytes], text: str, now: float) -> dict
     try:
         keyring.verify(text, now=now)
     except TokenRefused as refused:
+        # Of a forger's token no more is told than on the wire.
         why = refused.__cause__ if report["signature_verifies"] else None
-        report["reason"] = f"{refused.code}: {why}" if isinstance(why, ValueError) else refused.code
+        report["reason"] = f"{refused.code}: {why}" if why else refused.code
     else:
         report |= {"good": True, "reason": None}
     return report

@@ -27,7 +27,7 @@ from chatserver.settings import (
 )
 
 ROOT = Path(__file__).parents[1]
-SECRET = "tomato-4f1c9a7be2d05836-" * 2
+SECRET = "tomato-4f1c9a7be2d05836-9c8e3b71f0a26d54"
 
 SetVariables = Callable[..., None]
 

@@ -67,7 +67,7 @@ class Log:
         first = self.events[0].offset if self.events else self.top + 1
         after = asked.get("after")
         reaches = after is not None and first - 1 <= after <= self.top
-        if reaches and asked.get("epoch", "") in ("", self.epoch):
+        if after is not None and reaches and asked.get("epoch", "") in ("", self.epoch):
             events = [e for e in self.events if e.offset > after][: asked.get("onwards", 8)]
         else:
             count = min(asked.get("backwards", 8), 8)
