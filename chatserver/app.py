@@ -101,7 +101,7 @@ class Worker:
             frame_bytes=settings.frame_bytes,
             handshake_rate=settings.handshake_rate,
             handshake_seconds=settings.handshake_seconds,
-            connections=settings.connections or _descriptors() - DESCRIPTORS_KEPT,
+            connections=settings.connections or _room_for_clients(),
         )
         self._running = [
             publishes.run,
@@ -221,8 +221,8 @@ def tls_of(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def _descriptors() -> int:
-    """The process's descriptor limit, raised as far as it may be."""
+def _room_for_clients() -> int:
+    """The process's descriptor limit, raised as far as it may be, less what else needs them."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    return max(hard - DESCRIPTORS_KEPT, hard // 2)

@@ -20,7 +20,7 @@ from base64 import urlsafe_b64decode
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -46,9 +46,15 @@ from chatserver.supervisor import (
     Address,
 )
 
+if TYPE_CHECKING:  # It takes a while to load, and --help needs none of it.
+    from chatserver.store.link import Store
+
+T = TypeVar("T")
+
 EXIT_NO = 1
 CUTOFF_SECONDS = 0.5
 """How long issuing a token waits for a store, which it can do without."""
+STORE_TRIES = 3
 
 EPILOG = """\b
 Example:
@@ -464,13 +470,25 @@ def revoke(session: str | None, user: str | None, token_id: str | None, reason: 
 
 async def _revoke(settings: Settings, kind: Kind, value: str, reason: str) -> None:
     from chatserver.store import sessions
+
+    await _ask(settings, lambda store: sessions.revoke(store, kind, value, reason=reason))
+
+
+async def _ask(settings: Settings, question: Callable[[Store], Awaitable[T]]) -> T:
+    """Ask the store something that may be asked twice. Raises StoreUnavailable, for a person.
+
+    The server's short deadlines are not a person's: it is tried again before it is called away.
+    """
     from chatserver.store.link import Store
 
-    try:
-        async with Store(store_url(settings)) as store:
-            await sessions.revoke(store, kind, value, reason=reason)
-    except StoreUnavailable as error:
-        raise StoreUnavailable(_unreachable(settings, error)) from None
+    why = StoreUnavailable()
+    for _ in range(STORE_TRIES):
+        try:
+            async with Store(store_url(settings)) as store:
+                return await question(store)
+        except StoreUnavailable as error:
+            why = error
+    raise StoreUnavailable(_unreachable(settings, why))
 
 
 def _unreachable(settings: Settings, error: StoreUnavailable) -> str:
@@ -543,16 +561,13 @@ def check(context: click.Context) -> None:
 
 
 async def _check_store(settings: Settings) -> int:
-    from chatserver.store.link import Store
-
     try:
-        async with Store(store_url(settings)) as store:
-            found = await store.describe()
-    except StoreUnavailable as error:
-        if settings.redis_url is None:
-            click.echo(f"The private store is not running; serve will start {executable()}.")
-            return EXIT_OK
-        raise StoreUnavailable(_unreachable(settings, error)) from None
+        found = await _ask(settings, lambda store: store.describe())
+    except StoreUnavailable:
+        if settings.redis_url is not None:
+            raise
+        click.echo(f"The private store is not running; serve will start {executable()}.")
+        return EXIT_OK
     wrong = _store_problems(found["version"], found["policy"])
     if wrong:
         raise ConfigurationError(wrong)

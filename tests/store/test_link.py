@@ -13,7 +13,7 @@ from chatserver.core.errors import StoreUnavailable
 from chatserver.store.link import READ, Lane, Store, Subscription
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
-from tests.support.worker import PATIENCE, eventually
+from tests.support.worker import PATIENCE, end, eventually
 
 UNAVAILABLE_WITHIN = 3.0
 """The protocol promises a second; a loaded machine gets three."""
@@ -52,9 +52,7 @@ async def running() -> AsyncIterator[Running]:
     yield started
     # None of them may have ended by itself.
     ended = [task for task in started.tasks if task.done()]
-    for task in started.tasks:
-        task.cancel()
-    await asyncio.gather(*started.tasks, return_exceptions=True)
+    await end(started.tasks)
     assert not ended, ended
 
 

@@ -17,7 +17,7 @@ from chatserver.store.link import Store
 from chatserver.store.log import EMPTY_ROOM_SECONDS, RoomLog, channel, parse_live, room_of
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
-from tests.support.worker import eventually
+from tests.support.worker import end, eventually
 
 HISTORY = 40
 NAMES = [
@@ -42,9 +42,7 @@ class Rooms:
         self.tasks = [asyncio.create_task(lane.run()) for lane in lanes]
 
     async def close(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await end(self.tasks)
 
     def submit(
         self,

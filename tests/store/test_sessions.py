@@ -17,7 +17,7 @@ from chatserver.store.link import Argument, Done, Lane, Store
 from chatserver.store.sessions import CHANNEL, STREAM, Mirror, cutoff, revoke
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
-from tests.support.worker import eventually
+from tests.support.worker import end, eventually
 
 
 def identity(
@@ -54,9 +54,7 @@ class Mirrors:
 
     async def close(self) -> None:
         ended = [task for task in self.tasks if task.done()]
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await end(self.tasks)
         assert not ended, ended
 
     async def revoke(self, kind: Kind, value: str) -> None:
@@ -165,9 +163,7 @@ async def test_it_arrives_by_the_beat_alone(own_valkey: Valkey) -> None:
         await revoke(other, Kind.SESSION, "s")
     await eventually(lambda: mirror.covers(identity(session="s")))
 
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end(tasks)
 
 
 async def test_a_new_mirror_knows_all_that_was_revoked_before(own: Mirrors) -> None:
@@ -410,6 +406,4 @@ async def test_writing_back_that_failed_half_way_is_done_again(own_valkey: Valke
     keys = [f"chat:{{auth}}:revoked:session:{name}" for name in names]
     await eventually(lambda: own_valkey.command("EXISTS", *keys) == b":5")
 
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end(tasks)

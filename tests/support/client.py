@@ -254,6 +254,10 @@ class Raw:
         """Bytes that the kernel has not taken: the peer does not read."""
         return self._writer.transport.get_write_buffer_size()
 
+    def closed(self) -> bool:
+        """The connection was found to be lost."""
+        return self._writer.transport.is_closing()
+
     def text(self, frame: Frame | str) -> None:
         payload = frame if isinstance(frame, str) else json.dumps(frame)
         self.write(masked(Opcode.TEXT, payload.encode()))

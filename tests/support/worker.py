@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.support.tokens import Issuer
@@ -25,6 +25,15 @@ async def eventually(condition: Callable[[], object], what: str = "", within: fl
     while not condition():
         assert time.monotonic() < deadline, what or "it never came true"
         await asyncio.sleep(0.005)
+
+
+async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they are done: a TaskGroup may lose a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.1)
 
 
 class Worker:
@@ -95,6 +104,15 @@ class Worker:
         """Bytes resident."""
         statm = Path(f"/proc/{self.pid}/statm").read_text()
         return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def descriptors(self) -> list[int]:
+        """Those it has open."""
+        return [int(path.name) for path in Path(f"/proc/{self.pid}/fd").iterdir()]
+
+    def cpu_seconds(self) -> float:
+        """Time on a processor so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
