@@ -38,6 +38,8 @@ DESCRIPTORS_KEPT = 200
 """Of the descriptor limit, for everything that is no client."""
 GOODBYE_SECONDS = 3.5
 """After the last bye: an answer under way takes a second, a peer's close frame two at most."""
+UNLIMITED_CONNECTIONS = 100_000
+"""Where there is no descriptor limit at all; some 600 MB of them."""
 FREEZE_CONNECTIONS = 500
 TICK_SECONDS = 0.25
 REPORT_SECONDS = 10.0
@@ -223,6 +225,8 @@ def tls_of(settings: Settings) -> ssl.SSLContext | None:
 
 def _room_for_clients() -> int:
     """The process's descriptor limit, raised as far as it may be, less what else needs them."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return soft - DESCRIPTORS_KEPT if soft > DESCRIPTORS_KEPT else UNLIMITED_CONNECTIONS
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return max(hard - DESCRIPTORS_KEPT, hard // 2)

@@ -16,6 +16,8 @@ from tests.support.valkey import Valkey
 from tests.support.worker import Worker
 
 StartWorker = Callable[..., Worker]
+AMPLE = dict.fromkeys(("send_rate", "send_burst", "command_rate", "command_burst"), 1_000_000)
+"""Rates that no test reaches by accident."""
 
 
 @pytest.fixture(scope="session")
@@ -58,15 +60,12 @@ def issuer() -> Issuer:
 def worker(
     valkey: Valkey, issuer: Issuer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Worker]:
-    """A worker that the tests of a module share, with rates that no test reaches by accident."""
+    """A worker that the tests of a module share."""
     started = Worker(
         tmp_path_factory.mktemp("worker") / "log",
         valkey.url,
         issuer,
-        send_rate=100_000,
-        send_burst=100_000,
-        command_rate=100_000,
-        command_burst=100_000,
+        **AMPLE,
     )
     started.start()
     yield started

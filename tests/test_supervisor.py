@@ -71,6 +71,8 @@ while True:
             os._exit(1)
         about = [os.getpid(), os.getpgid(0), os.environ.get("CHATSERVER_REDIS_URL", "")]
         client.sendall(" ".join(map(str, about)).encode())
+    if word == "single":
+        signal.pause()
 """
 
 
@@ -256,10 +258,10 @@ def test_ctrl_c_in_the_terminal_reaches_no_worker(start_host: StartHost) -> None
 
 
 def test_a_worker_that_dies_is_replaced_and_its_queue_lives_on(start_host: StartHost) -> None:
-    host = start_host()
+    host = start_host("single")
     port = host.wait_ready()
     first, _, _ = host.ask(port)
-    os.kill(first, signal.SIGSTOP)
+    host.order("serve")
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as waiting:
         os.kill(first, signal.SIGKILL)
 

@@ -45,7 +45,6 @@ ADVICE = {
     "token_missing": "Give a token.",
     "token_invalid": "Get a new token.",
     "token_expired": "Get a new token.",
-    "token_revoked": "Log in again.",
     "session_revoked": "Log in again.",
     "https_required": "Use a wss:// URL.",
     "not_found": "The URL should end in /v1/ws.",

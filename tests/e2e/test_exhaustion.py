@@ -9,7 +9,7 @@ import time
 
 from websockets.frames import Opcode
 
-from tests.conftest import StartWorker
+from tests.conftest import AMPLE, StartWorker
 from tests.support.client import Client, Frame, Raw, masked
 from tests.support.tokens import Issuer
 from tests.support.worker import PATIENCE, Worker, eventually
@@ -53,7 +53,7 @@ async def test_a_reader_that_stops_disturbs_nobody_and_recovers_everything(
 async def test_a_reader_that_stays_behind_is_let_go_and_comes_back_without_loss(
     start_worker: StartWorker, issuer: Issuer, user: str, room: str
 ) -> None:
-    worker = start_worker(slow_seconds=0.5, send_rate=10**6, send_burst=10**6)
+    worker = start_worker(slow_seconds=0.5, **AMPLE)
     token = issuer.token(user)
     async with (
         await Raw.upgraded(worker.url, token, receive_buffer=SMALL) as stalled,
@@ -82,7 +82,7 @@ async def test_a_reader_that_stays_behind_is_let_go_and_comes_back_without_loss(
 async def test_a_flood_of_pings_from_one_who_does_not_read_is_cut_off(
     start_worker: StartWorker, issuer: Issuer, user: str
 ) -> None:
-    worker = start_worker(slow_seconds=0.5, command_rate=10**6, command_burst=10**6)
+    worker = start_worker(slow_seconds=0.5, **AMPLE)
     async with (
         await Raw.upgraded(worker.url, issuer.token(user), receive_buffer=SMALL) as rogue,
         await Client.connect(worker.url, issuer.token(user)) as bystander,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import StartWorker
+from tests.conftest import AMPLE, StartWorker
 from tests.support.client import Client, Frame
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
@@ -219,7 +219,7 @@ async def test_the_seam_between_replay_and_live_has_no_hole_and_nothing_twice(
     start_worker: StartWorker, issuer: Issuer, user: str, room: str
 ) -> None:
     """Joined again and again, anew and with since, while another publishes as fast as it can."""
-    worker = start_worker(history=10**6, replay=10**6, send_rate=10**6, send_burst=10**6)
+    worker = start_worker(history=10**6, replay=10**6, **AMPLE)
     token = issuer.token(user)
     stop = asyncio.Event()
 
@@ -708,7 +708,7 @@ async def test_a_direct_room_is_open_to_its_two_users_only(worker: Worker, issue
 async def test_with_the_store_frozen_a_send_is_unavailable_soon_and_never_acked(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str, room: str
 ) -> None:
-    worker = start_worker(own_valkey)
+    worker = start_worker(own_valkey, **AMPLE)
     async with await Client.connect(worker.url, issuer.token(user)) as client:
         await client.join(room)
         await client.publish(room, 1)
@@ -739,7 +739,7 @@ async def test_sockets_stay_through_a_crash_of_the_store_and_nothing_is_lost(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str, room: str
 ) -> None:
     """It is started again on its append-only file, in which all that was acked is."""
-    worker = start_worker(own_valkey)
+    worker = start_worker(own_valkey, **AMPLE)
     async with (
         await Client.connect(worker.url, issuer.token(user)) as client,
         await Client.connect(worker.url, issuer.token("bob")) as bob,
@@ -762,7 +762,7 @@ async def test_sockets_stay_through_a_crash_of_the_store_and_nothing_is_lost(
 async def test_a_store_that_came_back_empty_is_told_with_a_reset(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str, room: str
 ) -> None:
-    worker = start_worker(own_valkey)
+    worker = start_worker(own_valkey, **AMPLE)
     async with (
         await Client.connect(worker.url, issuer.token(user)) as client,
         await Client.connect(worker.url, issuer.token("bob")) as bob,
@@ -788,7 +788,7 @@ async def test_joining_a_room_whose_log_was_lost_tells_its_members(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str, room: str
 ) -> None:
     """And does not read the log over and over until somebody writes."""
-    worker = start_worker(own_valkey)
+    worker = start_worker(own_valkey, **AMPLE)
 
     def scripts_run() -> int:
         stats = own_valkey.command("INFO", "commandstats").decode()
@@ -820,7 +820,7 @@ async def test_joining_a_room_whose_log_was_lost_tells_its_members(
 async def test_garbage_on_a_rooms_channel_is_ignored(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str, room: str
 ) -> None:
-    worker = start_worker(own_valkey)
+    worker = start_worker(own_valkey, **AMPLE)
     name = f"chat:room:{{{room}}}:live"
     async with await Client.connect(worker.url, issuer.token(user)) as client:
         epoch = (await client.join(room))["epoch"].encode()
@@ -849,7 +849,7 @@ async def test_garbage_on_a_rooms_channel_is_ignored(
 async def test_pub_sub_that_is_killed_again_and_again_loses_nothing(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str, room: str
 ) -> None:
-    worker = start_worker(own_valkey, send_rate=100_000, send_burst=100_000)
+    worker = start_worker(own_valkey, **AMPLE)
     async with (
         await Client.connect(worker.url, issuer.token(user)) as client,
         await Client.connect(worker.url, issuer.token("bob")) as bob,

@@ -12,11 +12,11 @@ import pytest
 from chatserver.core.session import STALE_SECONDS, Kind
 from chatserver.store.link import Store
 from chatserver.store.sessions import revoke
-from tests.conftest import StartWorker
+from tests.conftest import AMPLE, StartWorker
 from tests.support.client import Client, http
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
-from tests.support.worker import PATIENCE, Worker, eventually
+from tests.support.worker import Worker, eventually
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,7 @@ def second(
         tmp_path_factory.mktemp("second") / "log",
         valkey.url,
         issuer,
-        send_rate=100_000,
-        send_burst=100_000,
-        command_rate=100_000,
-        command_burst=100_000,
+        **AMPLE,
     )
     started.start()
     yield started
@@ -184,7 +181,7 @@ async def test_what_was_acked_survives_the_kill_of_a_worker(
     start_worker: StartWorker, issuer: Issuer, user: str, room: str, second: Worker
 ) -> None:
     """Its client repeats with the same keys elsewhere: each is there once."""
-    victim = start_worker(send_rate=10**6, send_burst=10**6)
+    victim = start_worker(**AMPLE)
     token = issuer.token(user)
     async with await Client.connect(second.url, issuer.token("bob")) as bob:
         await bob.join(room)
@@ -233,19 +230,3 @@ async def test_a_drain_of_one_sends_its_clients_to_the_other_without_loss(
     assert (code, code_of_exit) == (1012, 0)
     assert ack["recovered"] is True
     assert [event["body"] for event in received] == [0, 1, 2]
-
-
-async def test_both_report_the_store_that_both_lost(
-    start_worker: StartWorker, own_valkey: Valkey
-) -> None:
-    workers = [start_worker(own_valkey) for _ in range(2)]
-    own_valkey.kill()
-    deadline = time.monotonic() + PATIENCE
-    for worker in workers:
-        while (await http(worker.url, "/readyz")).status == 200:
-            assert time.monotonic() < deadline
-        assert (await http(worker.url, "/healthz")).status == 200
-    own_valkey.start()
-    for worker in workers:
-        while (await http(worker.url, "/readyz")).status != 200:
-            assert time.monotonic() < 2 * deadline
