@@ -97,13 +97,15 @@ class Worker:
             lambda channel, payload: self._mirror.wake(), lambda channel: self._mirror.wake()
         )
         revocations.subscribe(CHANNEL)
+        clients = _room_for_clients()
         self._listener = Listener(
             self._hub,
             policy_of(settings),
             frame_bytes=settings.frame_bytes,
             handshake_rate=settings.handshake_rate,
             handshake_seconds=settings.handshake_seconds,
-            connections=settings.connections or _room_for_clients(),
+            connections=settings.connections or clients,
+            sockets=clients + min(DESCRIPTORS_KEPT // 2, clients // 4),
         )
         self._running = [
             publishes.run,
@@ -141,6 +143,7 @@ class Worker:
         self._listener.stop()
         await self._hub.drain(self._settings.drain_seconds)
         await self._listener.wait_emptied(GOODBYE_SECONDS)
+        self._listener.close()
         log.info("stopped")
         return EXIT_OK
 

@@ -217,7 +217,7 @@ class Settings(BaseSettings):
     connections: Count | None = Field(
         None, description="connections per worker; by default the descriptor limit less 200"
     )
-    user_connections: Count = Field(2048, description="connections per user")
+    user_connections: Count = Field(2048, description="connections per user and worker")
     history: Count = Field(1000, description="events kept per room")
     history_seconds: Count = Field(604_800, description="how long a room's events are kept")
     replay: Count = Field(1000, description="events replayed at most to a client that was away")

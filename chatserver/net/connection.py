@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Sequence
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, cast
@@ -124,6 +125,7 @@ class Connection(asyncio.BufferedProtocol):
         "phase",
         "pinged",
         "received_at",
+        "revoked",
         "tls",
         "transport",
         "writing_paused",
@@ -149,6 +151,7 @@ class Connection(asyncio.BufferedProtocol):
         self.received_at = 0.0
         self.due_at = 0.0
         self.pinged = False
+        self.revoked = False
         self.writing_paused = False
         self.congested = False
         self.lagging_since: float | None = None
@@ -173,12 +176,12 @@ class Connection(asyncio.BufferedProtocol):
         return _READ_BUFFER
 
     def buffer_updated(self, nbytes: int) -> None:
-        loop = asyncio.get_running_loop()
-        self.received_at = loop.time()
+        # The loop's own clock stands still within a millisecond; who was silent longest is finer.
+        self.received_at = time.monotonic()
         self._receive_data(_READ_BUFFER[:nbytes])
         if nbytes == READ_BYTES and self._readable():
             self.transport.pause_reading()
-            loop.call_soon(self._read_on)
+            asyncio.get_running_loop().call_soon(self._read_on)
 
     def _receive_data(self, data: memoryview) -> None:
         if self._severed:

@@ -225,6 +225,7 @@ class Hub:
                 found = list(self)
         covered = [c for c in found if revocation.covers(c.chat.identity)]
         for connection in covered:
+            connection.revoked = True
             connection.deafen()
         self._sever(covered)
 
@@ -327,8 +328,9 @@ class Hub:
             effect,
             connection.id,
             partial(self._published, connection, effect.ref),
-            # What a revoked connection had queued is dropped before it goes out.
-            wanted=lambda: connection.phase is Phase.OPEN,
+            # What a revoked connection had queued is dropped before it goes out; what somebody
+            # sent before saying goodbye is stored, though nobody is left to be told.
+            wanted=lambda: not connection.revoked,
         )
 
     def _published(
@@ -400,6 +402,7 @@ class Hub:
 
     def _close(self, connection: Connection, why: Disconnect) -> None:
         if why is errors.SESSION_REVOKED:
+            connection.revoked = True
             connection.deafen()
             self._sever([connection])
         else:

@@ -46,6 +46,7 @@ class Listener:
         handshake_rate: float,
         handshake_seconds: float,
         connections: int,
+        sockets: int,
     ) -> None:
         self._hub = hub
         self._policy = policy
@@ -53,6 +54,7 @@ class Listener:
         self._rate = handshake_rate
         self._deadline = handshake_seconds
         self._most = connections
+        self._sockets = sockets
         self._server: asyncio.Server | None = None
         self._budgets: OrderedDict[str, Budget] = OrderedDict()
         self._pending: set[Connection] = set()
@@ -74,8 +76,14 @@ class Listener:
         )
 
     def stop(self) -> None:
-        """Accept nobody any more; who is at the door is told to go elsewhere."""
+        """Let nobody in any more; who is at the door is told to go elsewhere.
+
+        Still answering, for the socket's other copy is the supervisor's: with this one closed the
+        kernel would go on queueing newcomers whom nobody serves.
+        """
         self._draining = True
+
+    def close(self) -> None:
         if self._server is not None:
             self._server.close()
 
@@ -100,6 +108,10 @@ class Listener:
     def connected(self, connection: Connection) -> None:
         self._open += 1
         self._pending.add(connection)
+        if self._open > self._sockets:
+            # The store's connections need descriptors, too; a polite answer would hold this one.
+            connection.abort()
+            return
         connection.set_deadline(self._deadline)
         if len(self._pending) > PENDING_HANDSHAKES:
             self._refuse(connection, errors.HANDSHAKES_IN_FLIGHT)

@@ -122,6 +122,8 @@ class Lane:
     async def run(self) -> None:
         """Carry out what is queued, until cancelled."""
         try:
+            # Not at the first command: there may be no descriptor left by then.
+            await self._reconnect("not connected yet")
             while True:
                 await self._filled.wait()
                 self._filled.clear()

@@ -501,6 +501,21 @@ async def test_a_thousand_commands_in_one_segment_are_answered_in_order(
     assert sends == sorted(sends)
 
 
+async def test_what_was_sent_before_a_polite_goodbye_is_stored(
+    worker: Worker, issuer: Issuer, user: str, room: str
+) -> None:
+    leaver = await Client.connect(worker.url, issuer.token(user))
+    for n in range(10):
+        await leaver.send({"type": "send", "room": room, "body": n})
+    await leaver.close()
+    async with await Client.connect(worker.url, issuer.token(user)) as reader:
+        page = await reader.ask("history", room=room)
+        while page["offset"] < 10:
+            page = await reader.ask("history", room=room)
+
+    assert [event["body"] for event in page["events"]] == list(range(10))
+
+
 async def test_the_senders_order_is_the_order_of_the_room(
     worker: Worker, issuer: Issuer, user: str, room: str
 ) -> None:
