@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
+import secrets
 import signal
 import socket
 import ssl
@@ -24,11 +25,16 @@ from chatserver.core.flow import Limits
 from chatserver.core.handshake import Policy
 from chatserver.net.hub import Hub
 from chatserver.net.listener import Listener
+from chatserver.net.tokens import TokenCounter
 from chatserver.settings import Settings
 from chatserver.store.keyring import Keyring
+from chatserver.store.keys import CHANNEL
 from chatserver.store.link import Store
 from chatserver.store.log import RoomLog
-from chatserver.store.sessions import CHANNEL, Mirror
+from chatserver.store.refresh import RefreshTokens
+from chatserver.store.registry import Registry
+from chatserver.store.revocations import Mirror
+from chatserver.store.sessions import Sessions
 
 EXIT_OK = 0
 EXIT_STORE = 69
@@ -60,18 +66,14 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        assert settings.secret is not None
         assert settings.redis_url is not None
-        previous = settings.secret_previous
-        keyring = Keyring(
-            settings.secret.get_secret_value().encode(),
-            previous=previous.get_secret_value().encode() if previous else None,
-            issuer=settings.issuer,
-            audience=settings.audience,
-            token_bytes=settings.token_bytes,
-        )
+        keyring, refresh_tokens = keys_of(settings)
         store = Store(settings.redis_url.get_secret_value())
-        publishes, reads, polls = store.lane(), store.lane(batch=64), store.lane()
+        publishes, reads = store.lane(), store.lane(batch=64)
+        # Of its own, so that no storm of handshakes delays a revocation.
+        polls, sessions_lane = store.lane(), store.lane()
+        worker = "w-" + secrets.token_hex(6)
+        registry = Registry(sessions_lane, worker, settings.user_connections)
         room_log = RoomLog(
             publishes,
             reads,
@@ -85,21 +87,28 @@ class Worker:
             limits=limits_of(settings),
             ping_timeout=settings.ping_timeout,
             slow_seconds=settings.slow_seconds,
-            user_connections=settings.user_connections,
+            registry=registry,
+            worker=worker,
         )
         fanout = self._hub.fanout
         rooms = store.subscription(fanout.receive_live, fanout.confirm)
         fanout.attach(rooms)
-        self._mirror = Mirror(polls, self._hub.revoke)
+        self._mirror = Mirror(polls, worker, self._hub)
         self._hub.attach(self._mirror)
         # Of its own, so that no burst of messages delays a revocation.
-        revocations = store.subscription(
-            lambda channel, payload: self._mirror.wake(), lambda channel: self._mirror.wake()
-        )
+        revocations = store.subscription(self._hear, lambda channel: self._mirror.wake())
         revocations.subscribe(CHANNEL)
+        sessions = Sessions(
+            sessions_lane.call,
+            keyring,
+            refresh_tokens,
+            access_seconds=settings.access_seconds,
+            refresh_seconds=settings.refresh_seconds,
+        )
         clients = _room_for_clients()
         self._listener = Listener(
             self._hub,
+            TokenCounter(sessions_lane.call, keyring, sessions, self._mirror),
             policy_of(settings),
             frame_bytes=settings.frame_bytes,
             handshake_rate=settings.handshake_rate,
@@ -111,6 +120,8 @@ class Worker:
             publishes.run,
             reads.run,
             polls.run,
+            sessions_lane.run,
+            registry.run,
             rooms.run,
             revocations.run,
             self._mirror.run,
@@ -144,13 +155,18 @@ class Worker:
         await self._hub.drain(self._settings.drain_seconds)
         await self._listener.wait_emptied(GOODBYE_SECONDS)
         self._listener.close()
+        await self._mirror.resign()
         log.info("stopped")
         return EXIT_OK
+
+    def _hear(self, channel: str, payload: bytes) -> None:
+        self._hub.hear(payload)
+        self._mirror.wake()
 
     async def _current(self) -> bool:
         """Wait until revocations are known; without them nobody could be let in."""
         deadline = time.monotonic() + START_SECONDS
-        while not self._mirror.fresh():
+        while not self._mirror.loaded:
             if time.monotonic() > deadline or self._stopping.is_set():
                 return False
             await asyncio.sleep(0.01)
@@ -190,6 +206,22 @@ async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=0.1)
+
+
+def keys_of(settings: Settings) -> tuple[Keyring, RefreshTokens]:
+    """What signs access tokens, and what makes refresh tokens."""
+    assert settings.secret is not None
+    secret = settings.secret.get_secret_value().encode()
+    given = settings.secret_previous
+    previous = None if given is None else given.get_secret_value().encode()
+    keyring = Keyring(
+        secret,
+        previous=previous,
+        issuer=settings.issuer,
+        audience=settings.audience,
+        token_bytes=settings.token_bytes,
+    )
+    return keyring, RefreshTokens(secret, previous)
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -342,12 +342,12 @@ async def _issue(
 
 async def _cutoff(settings: Settings, user: str) -> int:
     """The user's last revocation, as far as a store can be reached at once."""
-    from chatserver.store import sessions
+    from chatserver.store import revocations
     from chatserver.store.link import Store
 
     with suppress(StoreUnavailable, TimeoutError, UnicodeError):
         async with asyncio.timeout(CUTOFF_SECONDS), Store(store_url(settings)) as store:
-            return await sessions.cutoff(store, user)
+            return await revocations.cutoff(store.call, user)
     return 0
 
 
@@ -469,9 +469,9 @@ def revoke(session: str | None, user: str | None, token_id: str | None, reason: 
 
 
 async def _revoke(settings: Settings, kind: Kind, value: str, reason: str) -> None:
-    from chatserver.store import sessions
+    from chatserver.store import revocations
 
-    await _ask(settings, lambda store: sessions.revoke(store, kind, value, reason=reason))
+    await _ask(settings, lambda store: revocations.revoke(store.call, kind, value, reason=reason))
 
 
 async def _ask(settings: Settings, question: Callable[[Store], Awaitable[T]]) -> T:

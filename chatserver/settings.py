@@ -217,7 +217,16 @@ class Settings(BaseSettings):
     connections: Count | None = Field(
         None, description="connections per worker; by default the descriptor limit less 200"
     )
-    user_connections: Count = Field(2048, description="connections per user and worker")
+    user_connections: Count = Field(2048, description="connections per user, on all workers")
+    access_seconds: int = Field(
+        900, ge=10, le=900, description="how long an access token is good, in seconds"
+    )
+    refresh_seconds: int = Field(
+        604_800,
+        ge=60,
+        le=604_800,
+        description="how long after its login a session can be carried on, in seconds",
+    )
     history: Count = Field(1000, description="events kept per room")
     history_seconds: Count = Field(604_800, description="how long a room's events are kept")
     replay: Count = Field(1000, description="events replayed at most to a client that was away")

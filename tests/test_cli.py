@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from chatserver import cli, supervisor
 from chatserver.core.session import Kind
 from chatserver.settings import COMMAND, development_secret, load, variable
-from chatserver.store import sessions
+from chatserver.store import revocations
 from chatserver.store.keyring import Keyring
 from chatserver.store.link import Store
 from tests.support.valkey import Valkey
@@ -256,7 +256,7 @@ def test_a_token_issued_right_after_its_user_was_revoked_is_a_later_one(
 
     async def cutoff() -> int:
         async with Store(valkey.url) as store:
-            return await sessions.cutoff(store, user)
+            return await revocations.cutoff(store.call, user)
 
     assert issued["issued_at"] > asyncio.run(cutoff()) > 0
 

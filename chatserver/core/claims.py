@@ -56,6 +56,14 @@ class Identity:
     expires_at: int
 
 
+class TokenExpired(TokenRefused):
+    """Age is all that is wrong with it: enough to end its session, and for nothing else."""
+
+    def __init__(self, identity: Identity) -> None:
+        super().__init__(ReplyCode.TOKEN_EXPIRED)
+        self.identity = identity
+
+
 def identify(
     header: Mapping[str, object],
     claims: Mapping[str, object],
@@ -66,7 +74,7 @@ def identify(
 ) -> Identity:
     """The identity behind a token of which nothing but the signature has been verified.
 
-    Raises TokenRefused: with TOKEN_EXPIRED if age is all that is wrong with it, else with
+    Raises TokenExpired if age is all that is wrong with it, else TokenRefused with
     TOKEN_INVALID, whose ``__cause__`` is a ValueError that names the part at fault.
     """
     try:
@@ -85,7 +93,7 @@ def identify(
     except ValueError as fault:
         raise TokenRefused(ReplyCode.TOKEN_INVALID) from fault
     if now >= expires_at:
-        raise TokenRefused(ReplyCode.TOKEN_EXPIRED)
+        raise TokenExpired(identity)
     return identity
 
 

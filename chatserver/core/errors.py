@@ -61,6 +61,10 @@ class StoreUnavailable(Exception):
     """The store did not answer, or refused: whether a write took effect is unknown."""
 
 
+class StoreRefused(StoreUnavailable):
+    """The store answers, and will not do it: it is full, loading, or a replica."""
+
+
 @dataclass(frozen=True, slots=True)
 class Disconnect:
     """Why the server closes a connection. From 4500 on a client must not come back."""
@@ -104,7 +108,7 @@ AMBIGUOUS_CREDENTIALS = Refusal(
     400, "ambiguous_credentials", "Send exactly one token, in one place."
 )
 UNSUPPORTED_VERSION = Refusal(400, "unsupported_version", "This server speaks chat.v1.")
-TOKEN_MISSING = Refusal(401, "token_missing", "Send an access token.")
+TOKEN_MISSING = Refusal(401, "token_missing", "Send a token.")
 ORIGIN_DENIED = Refusal(403, "origin_denied", "Pages of this origin may not connect.")
 HTTPS_REQUIRED = Refusal(403, "https_required", "Connect over TLS.")
 NOT_FOUND = Refusal(404, "not_found", "There is nothing at this path.")
@@ -116,6 +120,9 @@ TOO_MANY_CONNECTIONS = Refusal(
     429, "too_many_connections", "As many connections are open as there may be."
 )
 TOO_MANY_HANDSHAKES = Refusal(429, "rate_limited", "Too many handshakes from this address.")
+TOO_MANY_ROTATIONS = Refusal(
+    429, "rate_limited", "This token was used too often; use the one that it was traded for."
+)
 UNAVAILABLE = Refusal(503, "unavailable", "Revocations cannot be checked right now.")
 HOST_DRAINING = Refusal(503, "draining", "This host is going away.")
 HANDSHAKES_IN_FLIGHT = Refusal(503, "overloaded", "Too many handshakes are in flight.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -43,6 +44,27 @@ class Budget:
             self._left -= 1.0
             return 0.0
         return (1.0 - self._left) / self._rate
+
+
+class Budgets:
+    """A budget for each name; of too many, the one used longest ago is forgotten."""
+
+    def __init__(self, rate: float, burst: float, most: int = 10_000) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._most = most
+        self._budgets: OrderedDict[str, Budget] = OrderedDict()
+
+    def spend(self, name: str, now: float) -> float:
+        """As of the name's budget."""
+        budget = self._budgets.get(name)
+        if budget is None:
+            budget = self._budgets[name] = Budget(self._rate, self._burst, now)
+            if len(self._budgets) > self._most:
+                self._budgets.popitem(last=False)
+        else:
+            self._budgets.move_to_end(name)
+        return budget.spend(now)
 
 
 class Verdict(Enum):

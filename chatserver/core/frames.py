@@ -96,6 +96,10 @@ class Refresh(Command, frozen=True, kw_only=True, gc=False):
     token: str
 
 
+class Logout(Command, frozen=True, kw_only=True, gc=False):
+    pass
+
+
 class Ping(Command, frozen=True, kw_only=True, gc=False):
     pass
 
@@ -110,6 +114,7 @@ DECODERS: dict[str, _Decoder] = {
     "send": msgspec.json.Decoder(Send),
     "history": msgspec.json.Decoder(History),
     "refresh": msgspec.json.Decoder(Refresh),
+    "logout": msgspec.json.Decoder(Logout),
     "ping": msgspec.json.Decoder(Ping),
 }
 

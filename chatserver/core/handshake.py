@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from ipaddress import (
     IPv4Address,
     IPv4Network,
@@ -26,7 +27,7 @@ from chatserver.core.errors import Refusal
 SUBPROTOCOL = "chat.v1"
 _BEARER = "bearer."
 _TOKEN_NAMES = {"token", "access_token", "refresh_token", "bearer", "authorization", "auth", "jwt"}
-_LOOKS_LIKE_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*")
+_LOOKS_LIKE_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*|rt1\.[\w-]+\.")
 _HOST = re.compile(r"[A-Za-z0-9._~-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
 _LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 
@@ -66,6 +67,8 @@ class Preflight(NamedTuple):
     """A browser asks whether it may ask."""
 
     origin: str
+    allowed: str
+    """The method that the path has."""
 
 
 class Attempt(NamedTuple):
@@ -80,24 +83,46 @@ class Attempt(NamedTuple):
     subprotocol: str | None
 
 
+class TokenRoute(StrEnum):
+    """What can be done with a token over HTTP: protocol.md, section 6."""
+
+    REFRESH = "/v1/tokens/refresh"
+    REVOKE = "/v1/tokens/revoke"
+
+
+class Deposit(NamedTuple):
+    """Somebody hands in a token, to be traded or to be ended."""
+
+    route: TokenRoute
+    token: str
+    address: str
+    origin: str | None
+
+
 class Refused(NamedTuple):
     refusal: Refusal
     origin: str | None = None
     """The page that may read the answer."""
+    allowed: str = "GET"
+    """The method that the path has."""
 
 
-Judgement = Health | Preflight | Attempt | Refused
+Judgement = Health | Preflight | Attempt | Deposit | Refused
+
+
+_SOCKET = "/v1/ws"
+_METHODS: dict[str, str] = {_SOCKET: "GET"} | {str(route): "POST" for route in TokenRoute}
 
 
 def judge(request: Request, policy: Policy) -> Judgement:
-    """What to answer; an Attempt's token is still to be verified."""
+    """What to answer; a token that comes along is still to be verified."""
     path, _, query = request.target.partition("?")
-    if path not in ("/v1/ws", "/healthz", "/readyz"):
+    if path not in (*_METHODS, "/healthz", "/readyz"):
         return Refused(errors.NOT_FOUND)
     hosts = request.all("host")
     if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
         return Refused(errors.BAD_REQUEST)
-    if path != "/v1/ws":
+    if path not in _METHODS:
         if request.method not in ("GET", "HEAD"):
             return Refused(errors.METHOD_NOT_ALLOWED)
         return Health(ready=path == "/readyz")
@@ -109,18 +134,19 @@ def judge(request: Request, policy: Policy) -> Judgement:
     origin = origins[0] if origins else None
     if origin is not None and not _allowed(origin, policy):
         return Refused(errors.ORIGIN_DENIED)
+    allowed = _METHODS[path]
     if request.method == "OPTIONS" and origin is not None:
-        return Preflight(origin)
-    if request.method != "GET":
-        return Refused(errors.METHOD_NOT_ALLOWED, origin)
-    return _credentials(request, policy, query, origin)
-
-
-def _credentials(
-    request: Request, policy: Policy, query: str, origin: str | None
-) -> Attempt | Refused:
+        return Preflight(origin, allowed)
+    if request.method != allowed:
+        return Refused(errors.METHOD_NOT_ALLOWED, origin, allowed)
     if _holds_token(query):
         return Refused(errors.TOKEN_IN_URL, origin)
+    if path == _SOCKET:
+        return _attempt(request, policy, origin)
+    return _deposit(TokenRoute(path), request, policy, origin)
+
+
+def _attempt(request: Request, policy: Policy, origin: str | None) -> Attempt | Refused:
     offered = [
         item.strip() for value in request.all("sec-websocket-protocol") for item in value.split(",")
     ]
@@ -130,9 +156,7 @@ def _credentials(
         return Refused(errors.AMBIGUOUS_CREDENTIALS, origin)
     if offered and SUBPROTOCOL not in offered:
         return Refused(errors.UNSUPPORTED_VERSION, origin)
-    if authorizations:
-        scheme, _, credential = authorizations[0].partition(" ")
-        tokens = [credential.strip(" ")] if scheme.lower() == "bearer" else []
+    tokens = _bearers(authorizations) or tokens
     if not any(tokens):
         return Refused(errors.TOKEN_MISSING, origin)
     return Attempt(
@@ -144,10 +168,28 @@ def _credentials(
     )
 
 
+def _deposit(
+    route: TokenRoute, request: Request, policy: Policy, origin: str | None
+) -> Deposit | Refused:
+    authorizations = request.all("authorization")
+    if len(authorizations) > 1:
+        return Refused(errors.AMBIGUOUS_CREDENTIALS, origin)
+    tokens = _bearers(authorizations)
+    if not any(tokens):
+        return Refused(errors.TOKEN_MISSING, origin)
+    return Deposit(route, tokens[0], client_address(request, policy), origin)
+
+
+def _bearers(authorizations: list[str]) -> list[str]:
+    """The tokens in ``Authorization`` headers (RFC 6750 section 2.1)."""
+    parts = [authorization.partition(" ") for authorization in authorizations]
+    return [token.strip(" ") for scheme, _, token in parts if scheme.lower() == "bearer"]
+
+
 def _holds_token(query: str) -> bool:
     if not query:
         return False
-    names = {name.lower() for name, _ in parse_qsl(query, keep_blank_values=True)}
+    names = {name.lower().replace("-", "_") for name, _ in parse_qsl(query, keep_blank_values=True)}
     return bool(names & _TOKEN_NAMES) or bool(_LOOKS_LIKE_TOKEN.search(query))
 
 
@@ -169,7 +211,8 @@ def client_address(request: Request, policy: Policy) -> str:
 def _secure(request: Request, policy: Policy) -> bool:
     if _trusted(request.peer, policy):
         said = [value.strip().lower() for value in request.all("x-forwarded-proto")]
-        return said == ["https"] or (not said and not policy.https_required)
+        # Traefik for one says wss of an upgrade.
+        return said in (["https"], ["wss"]) or (not said and not policy.https_required)
     return request.tls or not policy.https_required
 
 

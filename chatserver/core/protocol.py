@@ -104,6 +104,13 @@ class Verify(NamedTuple):
     token: str
 
 
+class EndSession(NamedTuple):
+    """Revoke this session everywhere; the outcome is Ended or Failed."""
+
+    ref: int
+    session: str
+
+
 class Identify(NamedTuple):
     """The connection goes on under this identity."""
 
@@ -133,6 +140,7 @@ Effect = (
     | Leave
     | Read
     | Verify
+    | EndSession
     | Identify
     | Withhold
     | Resume
@@ -159,11 +167,15 @@ class Verified(NamedTuple):
     revoked: bool
 
 
+class Ended(NamedTuple):
+    """The session is revoked."""
+
+
 class Failed(NamedTuple):
     code: ReplyCode
 
 
-Outcome = Published | Reading | Page | Verified | Failed
+Outcome = Published | Reading | Page | Verified | Ended | Failed
 
 
 # --- the connection ------------------------------------------------------------------------
@@ -195,7 +207,7 @@ class Exchange:
 
 
 _ALONGSIDE = (frames.Send, frames.Join, frames.History)
-_WHEN_EXPIRED = (frames.Refresh, frames.Ping)
+_WHEN_EXPIRED = (frames.Refresh, frames.Logout, frames.Ping)
 
 
 class ChatProtocol:
@@ -306,6 +318,11 @@ class ChatProtocol:
             self._expiring_told = True
             self._send(frames.expiring(self.identity.expires_at * 1000))
 
+    def tell_rights_changed(self) -> None:
+        """The session's next token says something else: the client should get it now."""
+        if self._state is not State.CLOSED:
+            self._send(frames.expiring(self.identity.expires_at * 1000, now=True))
+
     def retire(self, why: Disconnect) -> None:
         """Take nothing new, answer what is under way, then disconnect."""
         self._retiring = why
@@ -395,6 +412,8 @@ class ChatProtocol:
                 self._start_history(exchange, command)
             case frames.Refresh():
                 self._effects.append(Verify(self._await(exchange), command.token))
+            case frames.Logout():
+                self._effects.append(EndSession(self._await(exchange), self.identity.session))
             case frames.Leave():
                 self._leave(command.room)
             case frames.Ping():
@@ -466,6 +485,8 @@ class ChatProtocol:
                 self._finish_history(exchange.outcomes[0], command)
             case frames.Refresh():
                 self._finish_refresh(exchange.outcomes[0], command.reply_to, now)
+            case frames.Logout():
+                self._finish_logout(exchange.outcomes[0], command.reply_to)
             case frames.Leave():
                 self._ack(command.reply_to, room=command.room)
             case frames.Ping():
@@ -563,6 +584,14 @@ class ChatProtocol:
             self._send(frames.error(ReplyCode.TOKEN_EXPIRED, id=reply_to))
             return
         self._adopt(new, reply_to)
+
+    def _finish_logout(self, outcome: Outcome | None, reply_to: CommandId | None) -> None:
+        if isinstance(outcome, Failed):
+            self._send(frames.error(outcome.code, id=reply_to))
+            return
+        # Its sockets on other workers hear of it as of any revocation; this one need not wait.
+        self._ack(reply_to)
+        self.disconnect(errors.SESSION_REVOKED)
 
     def _adopt(self, identity: Identity, reply_to: CommandId | None) -> None:
         # Told once for each token: a client that answered with the same one would never be done.

@@ -1,8 +1,20 @@
-"""The rules of revocation: what a revocation covers, and for how long it must be remembered."""
+"""The rules of a session's life: rotation, reuse, revocation.
+
+A session begins with a login and is a *family* of refresh tokens, one generation after another.
+Each is good for one rotation:
+
+                     ┌ generation        rotate: the next generation is the answer
+    presented ──────┤ the one before     within the leeway the same answer again, for it may have
+                     │                   been lost on the way; later it is reuse
+                     └ older             reuse: somebody has a copy, so nobody may go on
+
+A revocation ends a session, a user's sessions up to now, or one access token, everywhere.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Mapping
+from enum import Enum, StrEnum, auto
 from typing import NamedTuple
 
 from chatserver.core.claims import CLOCK_SKEW, MAX_LIFETIME, Identity
@@ -13,6 +25,71 @@ STALE_SECONDS = 3.0
 """A list that was not confirmed for this long may miss a revocation: nothing is accepted."""
 CLOCK_TOLERANCE = 5.0
 """A clock further than this from the store's judges ``exp`` and cutoffs wrongly."""
+
+
+REFRESH_SECONDS = 7 * 86_400
+"""From login to the end of the last refresh token, whatever the number of rotations."""
+LEEWAY_MILLISECONDS = 10_000
+MAX_REPLAYS = 5
+"""How long, and how often, the same answer is given again."""
+
+
+class Family(NamedTuple):
+    """What is kept of a session's refresh tokens. No token can be made of it alone."""
+
+    session: str
+    user: str
+    roles: tuple[str, ...]
+    rooms: Mapping[str, str] | None
+    begun_at: int
+    """Seconds since the epoch, as ``expires_at``."""
+    expires_at: int
+    generation: int
+    """Of the token that is good now."""
+    rotated_at: int
+    """Milliseconds since the epoch, when that token was made."""
+    replays: int
+    """How often it was handed out again."""
+    ended: bool
+
+    @property
+    def issued_at(self) -> int:
+        """``iat`` of the access token that goes with this generation."""
+        return max(self.begun_at, self.rotated_at // 1000)
+
+
+class Denial(Enum):
+    """Why a genuine refresh token gets no answer."""
+
+    REVOKED = auto()
+    EXPIRED = auto()
+    REUSED = auto()
+    """The family is to be revoked."""
+    TOO_OFTEN = auto()
+    """Nothing happens to the family."""
+
+
+def rotate(family: Family, presented: int, *, cutoff: int, now: int) -> Family | Denial:
+    """What becomes of a family when the token of the generation ``presented`` is.
+
+    The family as it must be stored before the token of its generation is handed out, or why not.
+    ``now`` is in milliseconds, ``cutoff`` the user's last revocation in seconds; both by the
+    store's clock.
+    """
+    if family.ended or family.begun_at <= cutoff:
+        return Denial.REVOKED
+    if now >= family.expires_at * 1000:
+        return Denial.EXPIRED
+    if presented >= family.generation:
+        # Beyond it only after an older copy of the store was restored: it is genuine, and newer
+        # than all the store knows of.
+        return family._replace(generation=presented + 1, rotated_at=now, replays=0)
+    elapsed = now - family.rotated_at
+    if presented < family.generation - 1 or elapsed > LEEWAY_MILLISECONDS:
+        return Denial.REUSED
+    if family.replays >= MAX_REPLAYS:
+        return Denial.TOO_OFTEN
+    return family._replace(replays=family.replays + 1)
 
 
 class Kind(StrEnum):

@@ -1,7 +1,8 @@
 """One client's transport: bytes in and out, flow control, closing.
 
-An asyncio.Protocol around websockets' Sans-I/O ServerProtocol. It knows nothing of rooms and
-tokens: a request goes to the listener, a text message to the hub, and both tell it what to send.
+An asyncio.BufferedProtocol around websockets' Sans-I/O ServerProtocol. It knows nothing of rooms
+and tokens: a request goes to the listener, a text message to the hub, and both tell it what to
+send.
 
 What goes out bypasses ServerProtocol: a server's frames are not masked, so one frame's bytes
 serve every receiver, and many frames go out in one write.
@@ -103,16 +104,18 @@ _SILENT = _Silent()
 
 
 class Connection(asyncio.BufferedProtocol):
-    """``id`` and ``chat`` are set once the handshake has succeeded."""
+    """``chat`` is set once the handshake has succeeded; ``since`` in milliseconds."""
 
     __slots__ = (
         "__weakref__",
+        "_early",
         "_fragments",
         "_owner",
         "_severed",
         "_text",
         "_timer",
         "_websocket",
+        "address",
         "chat",
         "congested",
         "due_at",
@@ -126,6 +129,7 @@ class Connection(asyncio.BufferedProtocol):
         "pinged",
         "received_at",
         "revoked",
+        "since",
         "tls",
         "transport",
         "writing_paused",
@@ -137,6 +141,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, owner: Owner, frame_bytes: int) -> None:
         self._owner = owner
         self._websocket = ServerProtocol(max_size=frame_bytes, logger=_SILENT)  # type: ignore[arg-type]
+        self._early: Sequence[object] = ()
         self._fragments: list[bytes] | None = None
         self._severed = False
         self._text = True
@@ -144,6 +149,8 @@ class Connection(asyncio.BufferedProtocol):
         self.phase = Phase.HANDSHAKE
         self.id = ""
         self.peer = ""
+        self.address = ""
+        self.since = 0
         self.tls = False
         self.memberships: dict[str, Member] = {}
         self.openings: set[str] | None = None
@@ -248,6 +255,11 @@ class Connection(asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def hold(self) -> None:
+        """The request takes a moment to be answered: read nothing until then."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
     def upgrade(self, request: Request) -> Response:
         """What websockets makes of the request: a 101 to be sent, or why not."""
         return self._websocket.accept(request)
@@ -264,8 +276,19 @@ class Connection(asyncio.BufferedProtocol):
         if early:
             self.write(early)
 
+    def begin(self) -> None:
+        """Receive: first what came along with the request, a message before its time."""
+        early, self._early = self._early, ()
+        for event in early:
+            if self.phase is Phase.OPEN:
+                self._receive(cast(Frame, event))
+        self._read_on()
+
     def respond(self, response: Response) -> None:
         """Send an answer that ends the connection."""
+        self._early = ()
+        if not self.transport.is_closing():
+            self.transport.resume_reading()  # its end must be noticed
         self._websocket.data_to_send()  # pongs before their time
         self._websocket.send_response(response)
         self._end()
@@ -275,11 +298,8 @@ class Connection(asyncio.BufferedProtocol):
             # Frames came along with the request, and were none: another request, most likely.
             self._refuse_malformed(ValueError("frames before their time"))
         elif events and isinstance(events[0], Request):
-            # A message that came along with the request is one before its time.
+            self._early = events[1:]
             self._owner.requested(self, events[0])
-            for event in events[1:]:
-                if self.phase is Phase.OPEN:
-                    self._receive(cast(Frame, event))
         elif self._websocket.handshake_exc is not None:
             self._refuse_malformed(self._websocket.handshake_exc)
 

@@ -27,8 +27,9 @@ def refuse(
     origin: str | None = None,
     retry_after: int | None = None,
     token_given: bool = False,
+    allowed: str = "GET",
 ) -> Response:
-    """A refused handshake. ``origin``: the page that may read why. ``retry_after`` in seconds."""
+    """A refused request. ``origin``: the page that may read why. ``retry_after`` in seconds."""
     headers = cors(origin)
     match refusal.status:
         case 401:
@@ -36,7 +37,7 @@ def refuse(
             detail = ' error="invalid_token"' if token_given else ""
             headers["WWW-Authenticate"] = f"Bearer{detail}"
         case 405:
-            headers["Allow"] = "GET"
+            headers["Allow"] = allowed
         case 426:
             headers["Upgrade"] = "websocket"
         case _:
@@ -57,10 +58,10 @@ def cors(origin: str | None) -> dict[str, str]:
     }
 
 
-def preflight(origin: str) -> Response:
+def preflight(origin: str, allowed: str) -> Response:
     """The answer to a browser that asks whether it may send a token (Fetch, CORS preflight)."""
     headers = cors(origin) | {
-        "Access-Control-Allow-Methods": "GET",
+        "Access-Control-Allow-Methods": allowed,
         "Access-Control-Allow-Headers": "Authorization",
         "Access-Control-Max-Age": "600",
     }

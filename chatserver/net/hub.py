@@ -7,8 +7,10 @@ where a revocation finds its sockets.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +28,8 @@ from chatserver.core.protocol import (
     ChatProtocol,
     Close,
     Effect,
+    Ended,
+    EndSession,
     Failed,
     Identify,
     Join,
@@ -48,7 +52,8 @@ from chatserver.net.fanout import Fanout
 from chatserver.net.wheel import Wheel
 from chatserver.store.keyring import Keyring
 from chatserver.store.log import RoomLog
-from chatserver.store.sessions import Mirror
+from chatserver.store.registry import Entry, Registered, Registry
+from chatserver.store.revocations import Mirror
 
 DRAIN_BATCH_SECONDS = 0.05
 DRAIN_RATE = 2000
@@ -56,6 +61,9 @@ DRAIN_RATE = 2000
 
 log = telemetry.logger(__name__)
 
+RENEW_BATCH = 500
+RENEW_SECONDS = 0.05
+"""Ten thousand connections are made known again within a second."""
 SEVER_BATCH = 500
 SEVER_SECONDS = 0.25
 """How long a revoked peer may keep its end of the connection; it is not listened to any more."""
@@ -106,14 +114,17 @@ class Hub:
         limits: Limits,
         ping_timeout: float,
         slow_seconds: float,
-        user_connections: int,
+        registry: Registry,
+        worker: str,
     ) -> None:
         self._keyring = keyring
         self._log = room_log
         self._limits = limits
         self._ping_timeout = ping_timeout
         self._slow_seconds = slow_seconds
-        self._user_connections = user_connections
+        self._registry = registry
+        self._worker = worker
+        self._began_at = int(time.time() * 1000)
         self._mirror: Mirror | None = None
         self._connections: dict[str, Connection] = {}
         self._by_session = Index()
@@ -140,30 +151,70 @@ class Hub:
     def verify(self, token: str) -> Identity:
         """Raises TokenRefused, or StoreUnavailable while revocations cannot be checked."""
         identity = self._keyring.verify(token, now=time.time())
+        self.vouch(identity)
+        return identity
+
+    def vouch(self, identity: Identity) -> None:
+        """Raises as ``verify``, when it is no longer good."""
         assert self._mirror is not None
         if self._mirror.covers(identity):
             raise TokenRefused(ReplyCode.TOKEN_REVOKED)
         if not self.fresh():
             raise StoreUnavailable("revocations are not current")
-        return identity
-
-    def make_room(self, identity: Identity) -> bool:
-        """Whether the user may have one more connection; the one silent longest may go for it."""
-        of_user = self._by_user.get(identity.user)
-        if len(of_user) < self._user_connections:
-            return True
-        of_session = [c for c in of_user if c.chat.identity.session == identity.session]
-        if not of_session:
-            return False
-        self.disconnect(min(of_session, key=lambda c: c.received_at), errors.SUPERSEDED)
-        return True
+        if time.time() >= identity.expires_at:
+            raise TokenRefused(ReplyCode.TOKEN_EXPIRED)
 
     # A connection's life.
 
-    def add(self, connection: Connection, identity: Identity) -> None:
-        """From here on the connection is served. No await may stand between verify and this."""
-        now = time.time()
+    def register(
+        self, connection: Connection, identity: Identity, address: str, done: Registered
+    ) -> None:
+        """Make it known to all workers, if its user may have one more. ``done`` comes later."""
         connection.id = secrets.token_urlsafe(9)
+        connection.since = int(time.time() * 1000)
+        connection.address = connection.peer if address == connection.peer else address
+        self._registry.register(self._entry(connection, identity), done)
+
+    def unregister(self, connection: Connection, identity: Identity) -> None:
+        """It came to nothing."""
+        self._registry.unregister(self._entry(connection, identity))
+
+    def make_room(self, connection: Connection, identity: Identity, others: list[Entry]) -> bool:
+        """Whether one of the others goes for this connection: of the same session, the one silent
+        longest here, else wherever the oldest of them is. Then this one is registered."""
+        of_session = [entry for entry in others if entry.session == identity.session]
+        if not of_session:
+            return False
+        if not self._supersede(identity.session):
+            self._registry.supersede(min(of_session, key=lambda entry: entry.since))
+        self._registry.renew(self._entry(connection, identity))
+        return True
+
+    def hear(self, payload: bytes) -> None:
+        """What another worker says."""
+        session = self._registry.superseded(payload)
+        if session is not None:
+            self._supersede(session)
+
+    def _supersede(self, session: str) -> bool:
+        mine = self._by_session.get(session)
+        if mine:
+            self.disconnect(min(mine, key=lambda c: c.received_at), errors.SUPERSEDED)
+        return bool(mine)
+
+    def _entry(self, connection: Connection, identity: Identity) -> Entry:
+        return Entry(
+            user=identity.user,
+            session=identity.session,
+            worker=self._worker,
+            connection=connection.id,
+            since=connection.since,
+            address=connection.address,
+        )
+
+    def add(self, connection: Connection, identity: Identity) -> None:
+        """From here on it is served. No await may stand between ``vouch`` and this."""
+        now = time.time()
         connection.chat = ChatProtocol(connection.id, identity, self._limits, now)
         connection.expires_at = identity.expires_at
         self._connections[connection.id] = connection
@@ -182,6 +233,7 @@ class Hub:
         identity = connection.chat.identity
         self._by_session.remove(identity.session, connection)
         self._by_user.remove(identity.user, connection)
+        self.unregister(connection, identity)
         self.fanout.leave_all(connection)
         for room in connection.openings or ():
             self.fanout.abandon(room)
@@ -213,8 +265,10 @@ class Hub:
             connection.chat.disconnect(why)
             self._run(connection)
 
-    def revoke(self, revocation: Revocation) -> None:
-        """End every connection that the revocation covers."""
+    # What the store says: revocations.Follower.
+
+    def revoke(self, revocation: Revocation) -> int:
+        """End every connection that the revocation covers; returns how many."""
         match revocation.kind:
             case Kind.SESSION:
                 found = self._by_session.get(revocation.value)
@@ -228,6 +282,34 @@ class Hub:
             connection.revoked = True
             connection.deafen()
         self._sever(covered)
+        return len(covered)
+
+    def rights_changed(self, session: str) -> None:
+        """Have the session's clients get a new token now."""
+        for connection in self._by_session.get(session):
+            connection.chat.tell_rights_changed()
+            self._run(connection)
+
+    def lease_lapsed(self) -> None:
+        """Make all connections known again."""
+        self._renew(list(self))
+
+    def _renew(self, connections: list[Connection]) -> None:
+        batch, rest = connections[:RENEW_BATCH], connections[RENEW_BATCH:]
+        for connection in batch:
+            if connection.id in self._connections:
+                self._registry.renew(self._entry(connection, connection.chat.identity))
+        if rest:
+            asyncio.get_running_loop().call_later(RENEW_SECONDS, self._renew, rest)
+
+    def about(self) -> dict[str, object]:
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": self._began_at,
+            "connections": len(self),
+            "rooms": len(self.fanout),
+        }
 
     def _sever(self, connections: list[Connection]) -> None:
         """Close frames first, so that the last of a thousand leaves early; forget them after."""
@@ -291,8 +373,11 @@ class Hub:
                 self._read(connection, effect)
             case Verify(ref, token):
                 self._answer(connection, ref, self._verified(token))
+            case EndSession(ref, session):
+                self._end_session(connection, ref, session)
             case Identify(identity):
                 connection.expires_at = identity.expires_at
+                self._registry.renew(self._entry(connection, identity))
                 self._reschedule(connection)
             case Withhold():
                 self.fanout.hold_back(connection)
@@ -399,6 +484,13 @@ class Hub:
         if not self.fresh():
             return _UNAVAILABLE
         return Verified(identity, self._mirror.covers(identity))
+
+    def _end_session(self, connection: Connection, ref: int, session: str) -> None:
+        def done(failure: StoreUnavailable | None) -> None:
+            self._answer_later(connection, ref, Ended() if failure is None else _UNAVAILABLE)
+
+        assert self._mirror is not None
+        self._mirror.revoke(Kind.SESSION, session, reason="logout", done=done)
 
     def _close(self, connection: Connection, why: Disconnect) -> None:
         if why is errors.SESSION_REVOKED:

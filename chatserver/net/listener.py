@@ -1,7 +1,8 @@
 """The door: accepts sockets, bounds what is under way, answers each request.
 
 What a request is allowed is judged in core/handshake.py; this counts, asks the hub about the
-token, and sends the answer. Nothing here waits: a handshake is decided in the tick it arrives in.
+token, and sends the answer. A handshake takes one round trip to the store, in which the connection
+is made known to all workers; it is read on only afterwards.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ import random
 import socket
 import ssl
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
+from functools import partial
 
 from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
 
 from chatserver import telemetry
 from chatserver.core import errors, handshake
+from chatserver.core.claims import Identity
 from chatserver.core.errors import Disconnect, Refusal, StoreUnavailable, TokenRefused
-from chatserver.core.flow import Budget
-from chatserver.core.handshake import Attempt, Health, Policy, Preflight, Refused
+from chatserver.core.flow import Budgets
+from chatserver.core.handshake import Attempt, Deposit, Health, Policy, Preflight, Refused
 from chatserver.net import http
-from chatserver.net.connection import Connection
+from chatserver.net.connection import Connection, Phase
 from chatserver.net.hub import Hub
+from chatserver.net.tokens import TokenCounter
+from chatserver.store.registry import Full
 
 PENDING_HANDSHAKES = 2000
 """Accepted sockets that have not asked for anything yet."""
-COUNTED_ADDRESSES = 10_000
-"""Addresses whose rate is remembered; the one seen longest ago is forgotten."""
 BURST_SECONDS = 5.0
 """An address may use so many seconds of its rate at once: an office behind one address."""
 
@@ -40,6 +44,7 @@ class Listener:
     def __init__(
         self,
         hub: Hub,
+        tokens: TokenCounter,
         policy: Policy,
         *,
         frame_bytes: int,
@@ -49,15 +54,17 @@ class Listener:
         sockets: int,
     ) -> None:
         self._hub = hub
+        self._tokens = tokens
         self._policy = policy
         self._frame_bytes = frame_bytes
-        self._rate = handshake_rate
+        self._budgets = Budgets(handshake_rate, max(1.0, handshake_rate * BURST_SECONDS))
         self._deadline = handshake_seconds
         self._most = connections
         self._sockets = sockets
         self._server: asyncio.Server | None = None
-        self._budgets: OrderedDict[str, Budget] = OrderedDict()
         self._pending: set[Connection] = set()
+        self._registering = 0
+        self._deposits: set[asyncio.Task[None]] = set()
         self._open = 0
         self._emptied = asyncio.Event()
         self._draining = False
@@ -127,10 +134,12 @@ class Listener:
         match handshake.judge(asked, self._policy):
             case Health(ready):
                 self._answer_health(connection, ready)
-            case Preflight(origin):
-                connection.respond(http.preflight(origin))
-            case Refused(refusal, origin):
-                self._refuse(connection, refusal, origin)
+            case Preflight(origin, allowed):
+                connection.respond(http.preflight(origin, allowed))
+            case Refused(refusal, origin, allowed):
+                self._refuse(connection, refusal, origin, allowed=allowed)
+            case Deposit() as deposit:
+                self._deposit(connection, deposit)
             case Attempt() as attempt:
                 self._attempt(connection, request, attempt)
 
@@ -168,7 +177,7 @@ class Listener:
 
     def _attempt(self, connection: Connection, request: HttpRequest, attempt: Attempt) -> None:
         origin = attempt.origin
-        if wait := self._budget(attempt.address).spend(time.monotonic()):
+        if wait := self._budgets.spend(attempt.address, time.monotonic()):
             self._refuse(connection, errors.TOO_MANY_HANDSHAKES, origin, wait=wait)
             return
         response = connection.upgrade(request) if attempt.upgrade else None
@@ -188,14 +197,83 @@ class Listener:
             return
         if response is None:
             self._refuse(connection, errors.UPGRADE_REQUIRED, origin)
-        elif len(self._hub) >= self._most or not self._hub.make_room(identity):
+        elif len(self._hub) + self._registering >= self._most:
             self._refuse(connection, errors.TOO_MANY_CONNECTIONS, origin)
         else:
-            self._pending.discard(connection)
             if attempt.subprotocol is not None:
                 response.headers["Sec-WebSocket-Protocol"] = attempt.subprotocol
-            connection.open(request, response)
-            self._hub.add(connection, identity)
+            connection.hold()
+            self._registering += 1
+            registered = partial(self._registered, connection, request, response, origin, identity)
+            self._hub.register(connection, identity, attempt.address, registered)
+
+    def _registered(
+        self,
+        connection: Connection,
+        request: HttpRequest,
+        response: Response,
+        origin: str | None,
+        identity: Identity,
+        outcome: Full | StoreUnavailable | None,
+    ) -> None:
+        """The store has answered; the world may be another since the token was verified."""
+        self._registering -= 1
+        gone = connection.phase is not Phase.HANDSHAKE
+        match outcome:
+            case StoreUnavailable():
+                if not gone:
+                    self._refuse(connection, errors.UNAVAILABLE, origin)
+                return
+            case Full(others):
+                if gone or not self._hub.make_room(connection, identity, others):
+                    if not gone:
+                        self._refuse(connection, errors.TOO_MANY_CONNECTIONS, origin)
+                    return
+            case None:
+                pass
+        refusal = errors.HOST_DRAINING if self._draining else self._objection(identity)
+        if gone or refusal is not None:
+            self._hub.unregister(connection, identity)
+            if refusal is not None and not gone:
+                self._refuse(connection, refusal, origin, token=refusal.status == 401)
+            return
+        self._pending.discard(connection)
+        connection.open(request, response)
+        self._hub.add(connection, identity)
+        connection.begin()
+
+    def _objection(self, identity: Identity) -> Refusal | None:
+        try:
+            self._hub.vouch(identity)
+        except TokenRefused as refused:
+            return errors.TOKEN_REFUSALS[refused.code]
+        except StoreUnavailable:
+            return errors.UNAVAILABLE
+        return None
+
+    def _deposit(self, connection: Connection, deposit: Deposit) -> None:
+        if wait := self._budgets.spend(deposit.address, time.monotonic()):
+            self._refuse(connection, errors.TOO_MANY_HANDSHAKES, deposit.origin, wait=wait)
+            return
+        connection.hold()
+        task = asyncio.create_task(self._take(connection, deposit))
+        self._deposits.add(task)
+        task.add_done_callback(self._deposits.discard)
+
+    async def _take(self, connection: Connection, deposit: Deposit) -> None:
+        try:
+            answer = await self._tokens.take(deposit)
+        except Exception:  # A bug of ours, met by one request: it must not hang.
+            log.exception("token request failed")
+            connection.abort()
+            return
+        if connection.phase is not Phase.HANDSHAKE:
+            return
+        if isinstance(answer, Refusal):
+            token = answer.status == 401
+            self._refuse(connection, answer, deposit.origin, token=token)
+        else:
+            connection.respond(http.answer(200, answer, http.cors(deposit.origin)))
 
     def _refuse(
         self,
@@ -205,6 +283,7 @@ class Listener:
         *,
         wait: float = 1.0,
         token: bool = False,
+        allowed: str = "GET",
     ) -> None:
         self.refused[refusal.code] += 1
         retry_after = None
@@ -212,16 +291,11 @@ class Listener:
             # Spread, so that those who were refused together do not come back together.
             retry_after = max(1, round(wait + random.uniform(0.0, 4.0)))
         connection.respond(
-            http.refuse(refusal, origin=origin, retry_after=retry_after, token_given=token)
+            http.refuse(
+                refusal,
+                origin=origin,
+                retry_after=retry_after,
+                token_given=token,
+                allowed=allowed,
+            )
         )
-
-    def _budget(self, address: str) -> Budget:
-        budget = self._budgets.get(address)
-        if budget is None:
-            burst = max(1.0, self._rate * BURST_SECONDS)
-            budget = self._budgets[address] = Budget(self._rate, burst, time.monotonic())
-            if len(self._budgets) > COUNTED_ADDRESSES:
-                self._budgets.popitem(last=False)
-        else:
-            self._budgets.move_to_end(address)
-        return budget

@@ -60,8 +60,8 @@ class Keyring:
         secrets = [secret] if previous is None else [secret, previous]
         if not all(secrets):
             raise ValueError("a secret is empty")
-        self._keys: dict[object, Key] = {_kid(each): _key(each) for each in secrets}
-        self._kid = _kid(secret)
+        self._keys: dict[object, Key] = {key_id(each): _key(each) for each in secrets}
+        self._kid = key_id(secret)
         self._issuer = issuer
         self._audience = audience
         self._token_bytes = token_bytes
@@ -147,7 +147,8 @@ class Keyring:
         return identify(header, claims, now=now, issuer=self._issuer, audience=self._audience)
 
 
-def _kid(secret: bytes) -> str:
+def key_id(secret: bytes) -> str:
+    """The name of a secret, by which tokens say what they were signed with."""
     # No signature is given away by it: what a token signs has a dot in it, and this has none.
     digest = hmac.digest(secret, b"chatserver kid v1", hashlib.sha256)
     return urlsafe_b64encode(digest)[:16].decode()

@@ -20,7 +20,7 @@ import hashlib
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple, Self
 
@@ -31,7 +31,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from chatserver import telemetry
-from chatserver.core.errors import StoreUnavailable
+from chatserver.core.errors import StoreRefused, StoreUnavailable
 
 ROUND_TRIP_SECONDS = 0.4
 """A pipeline's deadline. A second one may have to fail before a waiting command is answered,
@@ -48,6 +48,8 @@ Argument = bytes | str | int | float
 Reply = Any
 """What redis-py makes of a RESP2 reply: bytes, int, None, lists of these."""
 Done = Callable[[Reply | StoreUnavailable], None]
+Call = Callable[[list[Argument]], Awaitable[Reply]]
+"""``Lane.call`` or ``Store.call``: one command, its reply, or StoreUnavailable."""
 
 log = telemetry.logger(__name__)
 
@@ -68,7 +70,11 @@ PUBLISH = Script("publish")
 READ = Script("read")
 REVOKE = Script("revoke")
 POLL = Script("poll")
-SCRIPTS = (PUBLISH, READ, REVOKE, POLL)
+BEGIN = Script("begin")
+ROTATE = Script("rotate")
+ENTITLE = Script("entitle")
+REGISTER = Script("register")
+SCRIPTS = (PUBLISH, READ, REVOKE, POLL, BEGIN, ROTATE, ENTITLE, REGISTER)
 
 
 class _Request(NamedTuple):
@@ -165,7 +171,8 @@ class Lane:
             # Someone flushed the scripts: a new connection loads them again.
             raise
         except ResponseError as error:  # OOM, READONLY, LOADING, MISCONF and their kind
-            return StoreUnavailable(str(error))
+            # Behind it Redis names the script and its line, which say nothing to an operator.
+            return StoreRefused(str(error).partition(" script: ")[0])
 
     async def _lose(self, unanswered: list[_Request], error: Exception) -> None:
         reason = str(error) or type(error).__name__

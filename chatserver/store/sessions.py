@@ -1,172 +1,269 @@
-"""Revocations: written for everyone, mirrored in each worker.
+"""Sessions: begun by a login, carried on by rotation, given other rights, ended by revocation.
 
-The keys are a contract, so that any service can check them (their TTL is what is left):
-
-- ``chat:{auth}:revoked:session:<sid>`` and ``chat:{auth}:revoked:token:<jti>`` exist or not;
-- ``chat:{auth}:revoked:user:<user>`` holds the cutoff: ``iat`` up to it, in seconds, is revoked.
-
-A worker does not ask them: it follows the stream beside them, woken by pub/sub and by a beat of
-once a second, because pub/sub may lose a message and go deaf without an error.
+What a session may do next is decided in core/session.py; the store keeps its state and lets it
+change only from the state that was judged (``rotate.lua``), so that of fifty who present one
+token at once exactly one rotates it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import orjson
 
 from chatserver import telemetry
-from chatserver.core.claims import Identity
-from chatserver.core.errors import StoreUnavailable
-from chatserver.core.session import (
-    CLOCK_TOLERANCE,
-    REVOCATION_SECONDS,
-    STALE_SECONDS,
-    Kind,
-    Revocation,
-    RevocationList,
-)
-from chatserver.store.link import POLL, REVOKE, Argument, Lane, Reply, Store
-
-STREAM = "chat:{auth}:revocations"
-INCARNATION = "chat:{auth}:incarnation"
-CHANNEL = "chat:{auth}:live"
-STREAM_MILLISECONDS = 20 * 60 * 1000
-BEAT_SECONDS = 1.0
-POLL_ENTRIES = 1000
+from chatserver.core.claims import MAX_LIFETIME
+from chatserver.core.errors import ReplyCode, TokenRefused
+from chatserver.core.session import REFRESH_SECONDS, Denial, Family, Kind, rotate
+from chatserver.store import keys
+from chatserver.store.keyring import Keyring
+from chatserver.store.link import BEGIN, ENTITLE, ROTATE, Call, Reply
+from chatserver.store.refresh import Named, RefreshTokens
+from chatserver.store.revocations import STREAM_MILLISECONDS, new_incarnation, store_revocation
 
 log = telemetry.logger(__name__)
 
 
-def _record(kind: Kind, value: str) -> str:
-    return f"chat:{{auth}}:revoked:{kind}:{value}"
+class TokenPair(NamedTuple):
+    """What a login or a rotation gives. Times are milliseconds since the epoch."""
+
+    access_token: str
+    refresh_token: str
+    session: str
+    expires_at: int
+    refresh_expires_at: int
+
+    def __repr__(self) -> str:
+        return f"<TokenPair session={self.session!r}>"
 
 
-def _revoke_command(kind: Kind, value: str, seconds: int, cutoff: Argument) -> list[Argument]:
-    keys = [_record(kind, value), STREAM]
-    return REVOKE.command(keys, [kind, value, seconds, CHANNEL, cutoff, STREAM_MILLISECONDS])
+class TooManyReplays(Exception):
+    """The token before the last was presented too often. Nothing has changed by it."""
 
 
-async def revoke(store: Store, kind: Kind, value: str, *, reason: str = "") -> None:
-    """Revoke for everyone. Returns when it is stored; workers apply it within milliseconds.
+class Sessions:
+    """Begins and carries on sessions. All times are the store's, so that one clock decides."""
 
-    Raises StoreUnavailable: then it may or may not have happened, and repeating it is safe.
-    """
-    await store.call(_revoke_command(kind, value, REVOCATION_SECONDS, ""))
-    log.info("revoked", kind=kind.value, value=value, reason=reason)
+    def __init__(
+        self,
+        call: Call,
+        keyring: Keyring,
+        refresh_tokens: RefreshTokens,
+        *,
+        access_seconds: int = MAX_LIFETIME,
+        refresh_seconds: int = REFRESH_SECONDS,
+    ) -> None:
+        self._call = call
+        self._keyring = keyring
+        self._refresh_tokens = refresh_tokens
+        self._access_seconds = access_seconds
+        self._refresh_seconds = refresh_seconds
 
+    async def salt(self) -> bytes:
+        """The store's part of the refresh keys. A worker's mirror knows it, too."""
+        salt = await self._call(["GET", keys.INCARNATION])
+        if salt is None:
+            fresh = new_incarnation()
+            salt = await self._call(["SET", keys.INCARNATION, fresh, "NX", "GET"]) or fresh.encode()
+        return bytes(salt)
 
-async def cutoff(store: Store, user: str) -> int:
-    """The user's last revocation, seconds since the epoch; 0 when there is none."""
-    return int(await store.call(["GET", _record(Kind.USER, user)]) or 0)
+    async def begin(
+        self, user: str, roles: Sequence[str], rooms: Mapping[str, str] | None = None
+    ) -> TokenPair:
+        """A new session and its first tokens.
 
-
-class Mirror:
-    """This worker's copy of the list, and whether it may be believed.
-
-    ``on_revoked`` is called for each entry that is new here. ``run`` must be a task.
-    """
-
-    def __init__(self, lane: Lane, on_revoked: Callable[[Revocation], None]) -> None:
-        self._lane = lane
-        self._on_revoked = on_revoked
-        self._list = RevocationList()
-        self._last = "0-0"
-        self._incarnation: bytes | None = None
-        self._confirmed_at = float("-inf")
-        self._skewed = False
-        self._wake = asyncio.Event()
-
-    def fresh(self) -> bool:
-        """Whether nothing revoked more than a moment ago can be missing here."""
-        return not self._skewed and time.monotonic() - self._confirmed_at < STALE_SECONDS
-
-    def covers(self, identity: Identity) -> bool:
-        return self._list.covers(identity)
-
-    def wake(self) -> None:
-        """Something was revoked: look now, not at the next beat."""
-        self._wake.set()
-
-    async def run(self) -> None:
-        while True:
-            try:
-                while await self._poll():
-                    pass
-            except StoreUnavailable:
-                pass  # the lane told; the bound is what matters, and it is checked at each use
-            self._list.forget(time.time())
-            try:
-                async with asyncio.timeout(BEAT_SECONDS):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
-            finally:
-                self._wake.clear()
-
-    async def _poll(self) -> bool:
-        """Read on from the last entry. True when there is more to read now."""
-        # The time before the question: a process that was stopped between question and answer
-        # must not take an old answer for a new one.
-        asked_at, asked_wall = time.monotonic(), time.time()
-        reply: Reply = await self._lane.call(
-            POLL.command([STREAM, INCARNATION], [self._last, secrets.token_hex(8), POLL_ENTRIES])
-        )
-        seconds, microseconds, incarnation, latest, *entries = reply
-        if await self._came_back_other(incarnation, latest.decode()):
-            return True
-        for name, fields in entries:
-            self._last = name.decode()
-            self._apply(fields)
-        if len(entries) == POLL_ENTRIES:
-            return True
-        self._judge_clock(seconds + microseconds / 1e6, asked_wall)
-        self._confirmed_at = asked_at
-        return False
-
-    async def _came_back_other(self, incarnation: bytes, latest: str) -> bool:
-        """The store was emptied, or is an older copy: give back what is known here, reload."""
-        known = self._incarnation
-        lost = _place(latest) < _place(self._last) and latest != "0-0"
-        if known in (None, incarnation) and not lost:
-            self._incarnation = incarnation
-            return False
-        # No store's name: should writing back fail half way, all of it is done again.
-        self._incarnation = b""
-        self._last = "0-0"
-        now = time.time()
-        kept = [entry for entry in self._list.entries() if entry.until > now]
-        log.warning("store has lost revocations", written_back=len(kept))
-        for entry in kept:
-            seconds = min(int(entry.until - now) + 1, REVOCATION_SECONDS)
-            await self._lane.call(_revoke_command(entry.kind, entry.value, seconds, entry.cutoff))
-        self._incarnation = incarnation
-        return True
-
-    def _apply(self, flat: list[bytes]) -> None:
-        try:
-            texts = [text.decode() for text in flat]
-            fields = dict(zip(texts[::2], texts[1::2], strict=True))
-            revocation = Revocation(
-                Kind(fields["kind"]), fields["value"], int(fields["until"]), int(fields["cutoff"])
+        Raises ValueError, which says why, when no token can say that, and StoreUnavailable.
+        """
+        session = "s-" + secrets.token_urlsafe(16)
+        self._check(session, user, roles, rooms)
+        salt = await self.salt()
+        (begun_at,) = await self._call(
+            BEGIN.command(
+                [keys.family(session), keys.ended(user)],
+                [user, _json(list(roles)), _rooms_json(rooms), self._refresh_seconds],
             )
-        except (KeyError, ValueError):
-            log.warning("ignored an entry that is no revocation")
-            return
-        if self._list.add(revocation):
-            self._on_revoked(revocation)
+        )
+        family = Family(
+            session=session,
+            user=user,
+            roles=tuple(roles),
+            rooms=rooms,
+            begun_at=begun_at,
+            expires_at=begun_at + self._refresh_seconds,
+            generation=1,
+            rotated_at=begun_at * 1000,
+            replays=0,
+            ended=False,
+        )
+        log.info("session begun", session=session, user=user)
+        return self._tokens(family, self._refresh_tokens.first(session), salt)
 
-    def _judge_clock(self, store_time: float, asked_wall: float) -> None:
-        # The store's time lies between question and answer.
-        now = time.time()
-        ahead = max(asked_wall - store_time, store_time - now, 0.0)
-        skewed = ahead > CLOCK_TOLERANCE
-        if skewed and not self._skewed:
-            log.error("clock differs from the store's; refusing tokens", seconds=round(ahead, 1))
-        self._skewed = skewed
+    async def rotate(self, refresh_token: str, salt: bytes) -> TokenPair:
+        """The successor of a refresh token, with an access token.
+
+        Raises TokenRefused, TooManyReplays or StoreUnavailable. A token that was used before ends
+        its session.
+        """
+        named = self._refresh_tokens.read(refresh_token, salt)
+        family, now = await self.find(named.family)
+        if family is None:
+            raise TokenRefused(ReplyCode.TOKEN_INVALID)
+        cutoff = 0
+        while True:
+            match rotate(family, named.generation, cutoff=cutoff, now=now):
+                case Family() as following:
+                    done, now, cutoff, family = await self._advance(family, following)
+                    if done:
+                        successor = named._replace(generation=following.generation)
+                        return self._tokens(following, successor, salt)
+                    if family is None:
+                        raise TokenRefused(ReplyCode.TOKEN_INVALID)
+                case Denial.REUSED:
+                    log.warning("refresh token reused", session=family.session, user=family.user)
+                    await store_revocation(
+                        self._call, Kind.SESSION, family.session, reason="refresh token reused"
+                    )
+                    raise TokenRefused(ReplyCode.TOKEN_REVOKED)
+                case Denial.REVOKED:
+                    raise TokenRefused(ReplyCode.TOKEN_REVOKED)
+                case Denial.EXPIRED:
+                    raise TokenRefused(ReplyCode.TOKEN_EXPIRED)
+                case Denial.TOO_OFTEN:
+                    raise TooManyReplays
+
+    def session_of(self, refresh_token: str, salt: bytes) -> str:
+        """The session that a refresh token is of, whatever became of it. Raises TokenRefused."""
+        return self._refresh_tokens.read(refresh_token, salt).family
+
+    async def find(self, session: str) -> tuple[Family | None, int]:
+        """What is kept of a session, and the time, in milliseconds."""
+        flat, (seconds, microseconds) = await asyncio.gather(  # one round trip
+            self._call(["HGETALL", keys.family(session)]), self._call(["TIME"])
+        )
+        return _family(session, flat), _milliseconds(seconds, microseconds)
+
+    async def entitle(
+        self,
+        session: str,
+        *,
+        roles: Sequence[str] | None = None,
+        rooms: Mapping[str, str] | None = None,
+        without_rooms: bool = False,
+    ) -> Family | None:
+        """Change what the session's next tokens say; None leaves it. Its sockets are told.
+
+        Returns None when there is no such session, or no more. Raises ValueError, which says why,
+        when no token can say that, and StoreUnavailable.
+        """
+        family, now = await self.find(session)
+        if family is None or now >= family.expires_at * 1000:
+            return None
+        if roles is not None:
+            family = family._replace(roles=tuple(roles))
+        if rooms is not None or without_rooms:
+            family = family._replace(rooms=rooms)
+        self._check(session, family.user, family.roles, family.rooms)
+        flat = await self._call(
+            ENTITLE.command(
+                [keys.family(session), keys.STREAM],
+                [
+                    session,
+                    keys.CHANNEL,
+                    int(roles is not None),
+                    _json(list(roles or ())),
+                    int(rooms is not None or without_rooms),
+                    _rooms_json(rooms),
+                    STREAM_MILLISECONDS,
+                ],
+            )
+        )
+        return _family(session, flat)
+
+    async def _advance(
+        self, family: Family, following: Family
+    ) -> tuple[bool, int, int, Family | None]:
+        """Store the next state if nobody was faster: done, the time, the cutoff, what was there."""
+        reply = await self._call(
+            ROTATE.command(
+                [keys.family(family.session), keys.ended(family.user)],
+                [
+                    family.generation,
+                    family.replays,
+                    following.generation,
+                    following.rotated_at,
+                    following.replays,
+                ],
+            )
+        )
+        done, seconds, microseconds, cutoff, *flat = reply
+        found = _family(family.session, flat)
+        return done == 1, _milliseconds(seconds, microseconds), cutoff, found
+
+    def _check(
+        self, session: str, user: str, roles: Sequence[str], rooms: Mapping[str, str] | None
+    ) -> None:
+        """Raises ValueError: before anything is stored that no token can say."""
+        self._keyring.issue(
+            user=user,
+            session=session,
+            roles=roles,
+            rooms=rooms,
+            issued_at=2**40,  # as long as any
+            ttl=self._access_seconds,
+            token_id="t-" + "x" * 22,
+        )
+
+    def _tokens(self, family: Family, named: Named, salt: bytes) -> TokenPair:
+        """The same for the same state, to the byte: an answer can be given again."""
+        # Not beyond the session's own end.
+        ttl = max(1, min(self._access_seconds, family.expires_at - family.issued_at))
+        access_token = self._keyring.issue(
+            user=family.user,
+            session=family.session,
+            roles=family.roles,
+            rooms=family.rooms,
+            issued_at=family.issued_at,
+            ttl=ttl,
+            token_id=self._refresh_tokens.token_id(named, salt),
+        )
+        return TokenPair(
+            access_token=access_token,
+            refresh_token=self._refresh_tokens.write(named, salt),
+            session=family.session,
+            expires_at=(family.issued_at + ttl) * 1000,
+            refresh_expires_at=family.expires_at * 1000,
+        )
 
 
-def _place(entry: str) -> tuple[int, int]:
-    milliseconds, _, sequence = entry.partition("-")
-    return int(milliseconds), int(sequence)
+def _family(session: str, flat: Reply) -> Family | None:
+    if not flat:
+        return None
+    texts = [text.decode() for text in flat]
+    fields = dict(zip(texts[::2], texts[1::2], strict=True))
+    return Family(
+        session=session,
+        user=fields["user"],
+        roles=tuple(orjson.loads(fields["roles"])),
+        rooms=orjson.loads(fields["rooms"]) if fields["rooms"] else None,
+        begun_at=int(fields["begun_at"]),
+        expires_at=int(fields["expires_at"]),
+        generation=int(fields["generation"]),
+        rotated_at=int(fields["rotated_at"]),
+        replays=int(fields["replays"]),
+        ended=fields["ended"] != "",
+    )
+
+
+def _milliseconds(seconds: Reply, microseconds: Reply) -> int:
+    return int(seconds) * 1000 + int(microseconds) // 1000
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _rooms_json(rooms: Mapping[str, str] | None) -> str:
+    return "" if rooms is None else _json(dict(rooms))

@@ -9,7 +9,7 @@ import statistics
 import time
 
 from chatserver.core.session import Kind
-from chatserver.store import sessions
+from chatserver.store import revocations
 from chatserver.store.link import Store
 
 from . import wire
@@ -23,7 +23,7 @@ PATIENCE_SECONDS = 5.0
 async def _round(store: Store, user: str, clients: list[socket.socket]) -> dict[str, list[float]]:
     """Milliseconds until each socket had its close frame, and until its connection was closed."""
     began = time.perf_counter()
-    await sessions.revoke(store, Kind.USER, user)
+    await revocations.store_revocation(store.call, Kind.USER, user)
     # Nothing else runs on this loop from here on: what has come meanwhile waits in the kernel.
     return {name: _since(began, at) for name, at in _endings(clients).items()}
 

@@ -20,6 +20,7 @@ from chatserver.core.frames import (
     InvalidCommand,
     Join,
     Leave,
+    Logout,
     NotAFrame,
     NotText,
     Ping,
@@ -132,7 +133,6 @@ def test_unknown_fields_are_ignored() -> None:
         "kick",
         "ban",
         "mute",
-        "logout",
         "ack",
         "message",
         "welcome",
@@ -581,6 +581,7 @@ def check_command(data: bytes, command: Command) -> None:
             "send": Send,
             "history": History,
             "refresh": Refresh,
+            "logout": Logout,
             "ping": Ping,
         }[document["type"]]
     )

@@ -245,7 +245,7 @@ def test_another_method_is_not_allowed(method: str) -> None:
 
 
 def test_a_preflight_is_answered_to_an_allowed_origin_without_a_token() -> None:
-    assert ask(("Origin", ORIGIN), method="OPTIONS") == Preflight(ORIGIN)
+    assert ask(("Origin", ORIGIN), method="OPTIONS") == Preflight(ORIGIN, "GET")
 
 
 def test_a_preflight_of_another_origin_is_denied() -> None:

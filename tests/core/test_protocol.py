@@ -672,7 +672,7 @@ def test_a_ping_is_acked_with_the_time() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["edit", "delete", "react", "typing", "read", "presence", "kick", "ban", "mute", "logout", "?"],
+    ["edit", "delete", "react", "typing", "read", "presence", "kick", "ban", "mute", "?"],
 )
 def test_a_command_of_another_version_is_of_unknown_type(kind: str) -> None:
     assert only(Peer().command(kind, id=1, room="a")) == error(ReplyCode.UNKNOWN_TYPE, 1)

@@ -12,7 +12,7 @@ from websockets.exceptions import ConnectionClosed
 
 from chatserver.core.session import Kind
 from chatserver.store.link import Store
-from chatserver.store.sessions import cutoff, revoke
+from chatserver.store.revocations import cutoff, revoke
 from tests.conftest import StartWorker
 from tests.support.client import Client, Frame, Raw, http, refused
 from tests.support.tokens import Issuer, b64url, kid_of, seal, sign, unique
@@ -280,7 +280,7 @@ async def test_a_refresh_with_a_revoked_token_ends_the_connection(
     revoked = issuer.token(user, token_id=token_id)
     async with await Client.connect(worker.url, issuer.token(user)) as client:
         async with Store(valkey.url) as store:
-            await revoke(store, Kind.TOKEN, token_id)
+            await revoke(store.call, Kind.TOKEN, token_id)
         await refused_as_revoked(worker, revoked)
         id = await client.command("refresh", token=revoked)
         frames, code = await client.until_closed()
@@ -429,7 +429,7 @@ async def test_what_is_revoked_is_closed_and_what_is_not_stays(
         for client in (first, second, bystander):
             await client.join(room)
         async with Store(valkey.url) as store:
-            await revoke(store, kind, value)
+            await revoke(store.call, kind, value)
         revoked_at = time.monotonic()
         ends = [await client.until_closed() for client in (first, second)]
         took = time.monotonic() - revoked_at
@@ -449,8 +449,8 @@ async def test_who_logs_in_after_a_revocation_of_the_user_gets_in(
     worker: Worker, issuer: Issuer, valkey: Valkey, user: str
 ) -> None:
     async with Store(valkey.url) as store:
-        await revoke(store, Kind.USER, user)
-        at = await cutoff(store, user)
+        await revoke(store.call, Kind.USER, user)
+        at = await cutoff(store.call, user)
     await refused_as_revoked(worker, issuer.token(user, issued_at=at))
     await refused_as_revoked(worker, issuer.token(user, issued_at=at - 100))
     async with await Client.connect(worker.url, issuer.token(user, issued_at=at + 1)) as client:
@@ -470,7 +470,7 @@ async def test_a_revoked_peer_that_ignores_the_close_is_gone_all_the_same(
         rogue.text({"type": "join", "id": 1, "room": room})
         assert (await rogue.json())["type"] == "ack"
         async with Store(valkey.url) as store:
-            await revoke(store, Kind.SESSION, session)
+            await revoke(store.call, Kind.SESSION, session)
         revoked_at = time.monotonic()
         frames, code = await rogue.until_closed()
         rogue.text({"type": "send", "room": room, "body": "too late"})
@@ -494,7 +494,7 @@ async def test_a_revocation_while_pub_sub_is_down_is_applied_by_the_beat(
     async with await Client.connect(worker.url, issuer.token(user, session=session)) as client:
         async with Store(own_valkey.url) as store:
             own_valkey.command("CLIENT", "KILL", "TYPE", "pubsub")
-            await revoke(store, Kind.SESSION, session)
+            await revoke(store.call, Kind.SESSION, session)
         revoked_at = time.monotonic()
         _, code = await client.until_closed()
         took = time.monotonic() - revoked_at
@@ -510,7 +510,7 @@ async def test_what_was_revoked_stays_revoked_when_the_store_is_emptied(
     session = unique("s")
     token = issuer.token(user, session=session)
     async with Store(own_valkey.url) as store:
-        await revoke(store, Kind.SESSION, session)
+        await revoke(store.call, Kind.SESSION, session)
     await refused_as_revoked(worker, token)
     own_valkey.command("FLUSHALL")
     await refused_as_revoked(worker, token)

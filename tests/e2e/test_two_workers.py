@@ -11,7 +11,7 @@ import pytest
 
 from chatserver.core.session import STALE_SECONDS, Kind
 from chatserver.store.link import Store
-from chatserver.store.sessions import revoke
+from chatserver.store.revocations import revoke
 from tests.conftest import AMPLE, StartWorker
 from tests.support.client import Client, http
 from tests.support.tokens import Issuer, unique
@@ -126,7 +126,7 @@ async def test_a_revocation_closes_on_both(
         await Client.connect(second.url, token) as there,
     ):
         async with Store(valkey.url) as store:
-            await revoke(store, Kind.SESSION, session)
+            await revoke(store.call, Kind.SESSION, session)
         ends = await asyncio.gather(here.until_closed(), there.until_closed())
     answers = [
         await http(each.url, headers={"Authorization": f"Bearer {token}"})
@@ -154,7 +154,7 @@ async def test_a_worker_that_was_stopped_does_not_serve_what_was_revoked_meanwhi
         zombie.signal(signal.SIGSTOP)
         stopped_at = time.monotonic()
         async with Store(own_valkey.url) as store:
-            await revoke(store, Kind.SESSION, session)
+            await revoke(store.call, Kind.SESSION, session)
         await revoked.send({"type": "send", "room": room, "body": "from a revoked one"})
         waiting = asyncio.create_task(
             http(zombie.url, headers={"Authorization": f"Bearer {token}"})

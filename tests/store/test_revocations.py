@@ -12,9 +12,10 @@ import pytest
 from chatserver.core.claims import Identity
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.session import REVOCATION_SECONDS, STALE_SECONDS, Kind, Revocation
-from chatserver.store import sessions
+from chatserver.store import revocations
+from chatserver.store.keys import CHANNEL, STREAM
 from chatserver.store.link import Argument, Done, Lane, Store
-from chatserver.store.sessions import CHANNEL, STREAM, Mirror, cutoff, revoke
+from chatserver.store.revocations import Mirror, cutoff, revoke
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 from tests.support.worker import end, eventually
@@ -34,7 +35,21 @@ def identity(
     )
 
 
-class Mirrors:
+class Idle:
+    """A worker with nobody on it."""
+
+    def revoke(self, revocation: Revocation) -> int:
+        return 0
+
+    def rights_changed(self, session: str) -> None: ...
+
+    def lease_lapsed(self) -> None: ...
+
+    def about(self) -> dict[str, object]:
+        return {}
+
+
+class Mirrors(Idle):
     """A store, a mirror of it that runs, and what the mirror told."""
 
     def __init__(self, url: str) -> None:
@@ -43,7 +58,7 @@ class Mirrors:
         self.tasks: list[asyncio.Task[None]] = []
         self.store = Store(url)
         self.lane = self.store.lane()
-        self.mirror = Mirror(self.lane, self.told.append)
+        self.mirror = Mirror(self.lane, unique("w"), self)
         subscription = self.store.subscription(
             lambda name, payload: self.mirror.wake(), lambda name: self.mirror.wake()
         )
@@ -52,14 +67,18 @@ class Mirrors:
             asyncio.create_task(run()) for run in (self.lane.run, subscription.run, self.mirror.run)
         ]
 
+    def revoke(self, revocation: Revocation) -> int:
+        self.told.append(revocation)
+        return 0
+
     async def close(self) -> None:
         ended = [task for task in self.tasks if task.done()]
         await end(self.tasks)
         assert not ended, ended
 
-    async def revoke(self, kind: Kind, value: str) -> None:
+    async def end(self, kind: Kind, value: str) -> None:
         async with Store(self.url) as store:
-            await revoke(store, kind, value)
+            await revoke(store.call, kind, value)
 
 
 @pytest.fixture
@@ -96,7 +115,7 @@ async def test_a_revoked_session_is_a_key_that_anyone_can_check(
     session = unique("s")
     key = f"chat:{{auth}}:revoked:session:{session}"
 
-    await mirrors.revoke(Kind.SESSION, session)
+    await mirrors.end(Kind.SESSION, session)
 
     assert valkey.command("EXISTS", key) == b":1"
     assert REVOCATION_SECONDS - 5 <= int(valkey.command("TTL", key)[1:]) <= REVOCATION_SECONDS
@@ -109,15 +128,15 @@ async def test_a_users_record_holds_the_cutoff_in_seconds_of_the_stores_clock(
     user = unique("u")
     before = int(time.time())
     async with Store(valkey.url) as store:
-        assert await cutoff(store, user) == 0
-        await revoke(store, Kind.USER, user)
-        at = await cutoff(store, user)
+        assert await cutoff(store.call, user) == 0
+        await revoke(store.call, Kind.USER, user)
+        at = await cutoff(store.call, user)
 
     assert before <= at <= int(time.time())
 
 
 async def test_the_stream_ends_by_itself(mirrors: Mirrors, valkey: Valkey) -> None:
-    await mirrors.revoke(Kind.TOKEN, unique("t"))
+    await mirrors.end(Kind.TOKEN, unique("t"))
 
     left = int(valkey.command("PTTL", STREAM)[1:])
     assert REVOCATION_SECONDS * 1000 < left <= 20 * 60 * 1000
@@ -127,7 +146,7 @@ async def test_revoking_in_a_store_that_is_away_says_so(own: Mirrors, own_valkey
     async with Store(own_valkey.url) as store:
         own_valkey.kill()
         with pytest.raises(StoreUnavailable):
-            await revoke(store, Kind.SESSION, "s")
+            await revoke(store.call, Kind.SESSION, "s")
 
 
 # --- what is mirrored ----------------------------------------------------------------------
@@ -143,7 +162,7 @@ async def test_a_revocation_is_applied_and_told_once(
     someone: Any = {field: value}
     assert not mirrors.mirror.covers(identity(**someone))
 
-    await mirrors.revoke(kind, value)
+    await mirrors.end(kind, value)
     await eventually(lambda: mirrors.mirror.covers(identity(**someone)))
 
     told = [revocation for revocation in mirrors.told if revocation.value == value]
@@ -155,12 +174,12 @@ async def test_it_arrives_by_the_beat_alone(own_valkey: Valkey) -> None:
     """Pub/sub may lose the message that wakes the mirror."""
     store = Store(own_valkey.url)
     lane = store.lane()
-    mirror = Mirror(lane, lambda revocation: None)
+    mirror = Mirror(lane, "w", Idle())
     tasks = [asyncio.create_task(run()) for run in (lane.run, mirror.run)]
     await eventually(mirror.fresh)
 
     async with Store(own_valkey.url) as other:
-        await revoke(other, Kind.SESSION, "s")
+        await revoke(other.call, Kind.SESSION, "s")
     await eventually(lambda: mirror.covers(identity(session="s")))
 
     await end(tasks)
@@ -168,10 +187,10 @@ async def test_it_arrives_by_the_beat_alone(own_valkey: Valkey) -> None:
 
 async def test_a_new_mirror_knows_all_that_was_revoked_before(own: Mirrors) -> None:
     """More than one read of the stream holds, in order."""
-    count = sessions.POLL_ENTRIES * 2 + 5
+    count = revocations.POLL_ENTRIES * 2 + 5
     for n in range(count):
         own.lane.submit(
-            sessions._revoke_command(Kind.SESSION, f"s{n}", 100, ""), lambda reply: None
+            revocations._revoke_command(Kind.SESSION, f"s{n}", 100, ""), lambda reply: None
         )
     await own.lane.call(["PING"])
 
@@ -186,11 +205,11 @@ async def test_a_new_mirror_knows_all_that_was_revoked_before(own: Mirrors) -> N
 
 async def test_a_cutoff_never_goes_back(own: Mirrors, own_valkey: Valkey) -> None:
     """An older entry that is written back must not reopen what was closed since."""
-    await own.revoke(Kind.USER, "u")
+    await own.end(Kind.USER, "u")
     await eventually(lambda: own.told)
     at = own.told[-1].cutoff
 
-    await own.lane.call(sessions._revoke_command(Kind.USER, "u", 60, at - 500))
+    await own.lane.call(revocations._revoke_command(Kind.USER, "u", 60, at - 500))
     record = own_valkey.command("GET", "chat:{auth}:revoked:user:u")
     left = int(own_valkey.command("TTL", "chat:{auth}:revoked:user:u")[1:])
     late = Mirrors(own.url)
@@ -205,8 +224,8 @@ async def test_a_cutoff_never_goes_back(own: Mirrors, own_valkey: Valkey) -> Non
 
 
 async def test_an_entry_is_forgotten_when_its_time_is_over(own: Mirrors) -> None:
-    await own.lane.call(sessions._revoke_command(Kind.SESSION, "brief", 1, ""))
-    await own.lane.call(sessions._revoke_command(Kind.SESSION, "long", 100, ""))
+    await own.lane.call(revocations._revoke_command(Kind.SESSION, "brief", 1, ""))
+    await own.lane.call(revocations._revoke_command(Kind.SESSION, "long", 100, ""))
     await eventually(lambda: own.mirror.covers(identity(session="long")))
 
     await eventually(lambda: not own.mirror.covers(identity(session="brief")))
@@ -237,14 +256,14 @@ async def test_garbage_in_the_stream_and_on_the_channel_is_ignored(
         own_valkey.command("XADD", STREAM, "*", *fields)
     for payload in (b"", b"\xff", b"0-0", b"x" * 100_000):
         own_valkey.command("PUBLISH", CHANNEL, payload)
-    await own.revoke(Kind.SESSION, "s")
+    await own.end(Kind.SESSION, "s")
     await eventually(lambda: own.mirror.covers(identity(session="s")))
 
     own_valkey.command("FLUSHALL")
     own.mirror.wake()
     key = "chat:{auth}:revoked:session:s"
     await eventually(lambda: own_valkey.command("EXISTS", key) == b":1")
-    await own.revoke(Kind.SESSION, "s2")
+    await own.end(Kind.SESSION, "s2")
     await eventually(lambda: own.mirror.covers(identity(session="s2")))
 
     assert own.mirror.fresh()
@@ -254,7 +273,7 @@ async def test_garbage_in_the_stream_and_on_the_channel_is_ignored(
 
 
 async def test_a_mirror_is_not_believed_before_its_first_look(own_valkey: Valkey) -> None:
-    mirror = Mirror(Store(own_valkey.url).lane(), lambda revocation: None)
+    mirror = Mirror(Store(own_valkey.url).lane(), "w", Idle())
 
     assert not mirror.fresh()
 
@@ -284,7 +303,7 @@ async def test_an_answer_from_before_a_pause_is_not_taken_for_a_new_one(
         reply = await call(command)
         asked.append(time.monotonic())
         jump = len(asked) * 10.0
-        monkeypatch.setattr(sessions, "time", _Later(jump))
+        monkeypatch.setattr(revocations, "time", _Later(jump))
         return reply
 
     monkeypatch.setattr(own.lane, "call", stopped)
@@ -321,11 +340,11 @@ class _Skewed(_Later):
 async def test_with_a_clock_far_from_the_stores_nothing_is_accepted(
     own: Mirrors, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr(sessions, "time", _Skewed(seconds))
+    monkeypatch.setattr(revocations, "time", _Skewed(seconds))
     own.mirror.wake()
     await eventually(lambda: not own.mirror.fresh())
 
-    monkeypatch.setattr(sessions, "time", _Skewed(0.5))
+    monkeypatch.setattr(revocations, "time", _Skewed(0.5))
     own.mirror.wake()
     await eventually(own.mirror.fresh)
 
@@ -333,8 +352,8 @@ async def test_with_a_clock_far_from_the_stores_nothing_is_accepted(
 async def test_what_an_emptied_store_forgot_is_written_back(
     own: Mirrors, second: Mirrors, own_valkey: Valkey
 ) -> None:
-    await own.revoke(Kind.SESSION, "s")
-    await own.revoke(Kind.USER, "u")
+    await own.end(Kind.SESSION, "s")
+    await own.end(Kind.USER, "u")
     await eventually(lambda: len(own.told) == len(second.told) == 2)
     at = own.told[-1].cutoff
 
@@ -358,8 +377,8 @@ async def test_an_older_copy_of_the_store_gets_back_what_it_lacks(
     own: Mirrors, own_valkey: Valkey
 ) -> None:
     """The same store by its name, but its latest entry is one that was long known."""
-    await own.revoke(Kind.SESSION, "old")
-    await own.revoke(Kind.SESSION, "new")
+    await own.end(Kind.SESSION, "old")
+    await own.end(Kind.SESSION, "new")
     await eventually(lambda: own.mirror.covers(identity(session="new")))
 
     latest = own.mirror._last
@@ -391,13 +410,13 @@ class _Failing(Lane):
 async def test_writing_back_that_failed_half_way_is_done_again(own_valkey: Valkey) -> None:
     store = Store(own_valkey.url)
     lane = _Failing(store._pool, batch=16)
-    mirror = Mirror(lane, lambda revocation: None)
+    mirror = Mirror(lane, "w", Idle())
     tasks = [asyncio.create_task(run()) for run in (lane.run, mirror.run)]
     await eventually(mirror.fresh)
     names = [f"s{n}" for n in range(5)]
     async with Store(own_valkey.url) as other:
         for name in names:
-            await revoke(other, Kind.SESSION, name)
+            await revoke(other.call, Kind.SESSION, name)
     await eventually(lambda: mirror.covers(identity(session="s4")))
 
     lane.when = lambda command: "s2" in command

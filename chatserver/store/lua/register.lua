@@ -1,0 +1,40 @@
+-- Register a connection of a user, if there may be one more.
+--
+-- KEYS  1 connections  chat:{auth}:user:<user>, hash: "<worker>/<connection>" ->
+--                      "<since, ms> <address> <session>"
+--       2 workers      hash: worker -> "<renewed, ms> ..."
+-- ARGV  1 field, 2 since and address, 3 session
+--       4 connections that a user may have; 5 milliseconds that a lease lasts
+--       6 seconds that a registration lasts (a connection's is renewed with its token)
+-- reply {1} if it is registered, or {0, field, value ...}: all that stand in its way
+local function register()
+  redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
+  redis.call('EXPIRE', KEYS[1], ARGV[6])
+  return {1}
+end
+
+if redis.call('HLEN', KEYS[1]) < tonumber(ARGV[4]) then
+  return register()
+end
+-- A worker that is gone must lock nobody out.
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local workers = redis.call('HGETALL', KEYS[2])
+local alive = {}
+for i = 1, #workers, 2 do
+  alive[workers[i]] = tonumber(string.match(workers[i + 1], '^%d+')) + ARGV[5] > now
+end
+local all = redis.call('HGETALL', KEYS[1])
+local left = {0}
+for i = 1, #all, 2 do
+  if alive[string.match(all[i], '^[^/]+')] then
+    left[#left + 1] = all[i]
+    left[#left + 1] = all[i + 1]
+  else
+    redis.call('HDEL', KEYS[1], all[i])
+  end
+end
+if (#left - 1) / 2 < tonumber(ARGV[4]) then
+  return register()
+end
+return left

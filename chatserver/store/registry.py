@@ -1,0 +1,155 @@
+"""Who is connected where: one hash per user, shared by all workers.
+
+An entry names its worker, and counts only while that worker's lease lives: one that crashed locks
+nobody out. It is renewed with the connection's token, so that what nobody renews ends by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from chatserver.core.claims import MAX_LIFETIME
+from chatserver.core.errors import StoreUnavailable
+from chatserver.store import keys
+from chatserver.store.link import REGISTER, Call, Lane, Reply
+from chatserver.store.revocations import LEASE_MILLISECONDS, living_leases
+
+ENTRY_SECONDS = 2 * MAX_LIFETIME
+"""A connection that outlives its token by so much does not exist."""
+RETRY_SECONDS = 1.0
+UNDONE = 100_000
+"""Removals that the store has not taken yet; beyond it they end with ENTRY_SECONDS."""
+
+_SUPERSEDE = "supersede"
+
+
+class Entry(NamedTuple):
+    """One connection. ``since`` in milliseconds since the epoch."""
+
+    user: str
+    session: str
+    worker: str
+    connection: str
+    since: int
+    address: str
+
+
+class Full(NamedTuple):
+    """As many connections as the user may have."""
+
+    entries: list[Entry]
+
+
+Registered = Callable[[Full | StoreUnavailable | None], None]
+
+
+class Registry:
+    """This worker's connections, made known. ``run`` must be a task."""
+
+    def __init__(self, lane: Lane, worker: str, most: int) -> None:
+        self._lane = lane
+        self._worker = worker
+        self._most = most
+        self._undone: dict[tuple[str, str], None] = {}
+
+    def register(self, entry: Entry, done: Registered) -> None:
+        """``done(None)`` when it is; whoever gets anything else has registered nothing."""
+
+        def parse(reply: Reply | StoreUnavailable) -> None:
+            match reply:
+                case StoreUnavailable():
+                    self.unregister(entry)  # it may have happened
+                    done(reply)
+                case [1]:
+                    done(None)
+                case _:
+                    _, *flat = reply
+                    done(Full(_entries(entry.user, flat)))
+
+        self._lane.submit(
+            REGISTER.command(
+                [keys.connections(entry.user), keys.WORKERS],
+                [
+                    _field(entry),
+                    f"{entry.since} {entry.address or '-'}",
+                    entry.session,
+                    self._most,
+                    LEASE_MILLISECONDS,
+                    ENTRY_SECONDS,
+                ],
+            ),
+            parse,
+        )
+
+    def renew(self, entry: Entry) -> None:
+        """Say again that this connection is there, whatever the number of others."""
+        name, value = _field(entry), f"{entry.since} {entry.address or '-'} {entry.session}"
+        key = keys.connections(entry.user)
+        self._lane.submit(["HSET", key, name, value], _ignore)
+        self._lane.submit(["EXPIRE", key, ENTRY_SECONDS], _ignore)
+
+    def unregister(self, entry: Entry) -> None:
+        self._remove(entry.user, _field(entry))
+
+    def supersede(self, entry: Entry) -> None:
+        """Ask the entry's worker to end a connection of its session.
+
+        Lost with pub/sub at the worst; then the user has one more for as long as it lasts.
+        """
+        said = f"{_SUPERSEDE} {entry.worker} {entry.session}"
+        self._lane.submit(["PUBLISH", keys.CHANNEL, said], _ignore)
+
+    def superseded(self, payload: bytes) -> str | None:
+        """The session of which this worker is asked to end a connection; None for all else."""
+        match payload.decode(errors="replace").split(" ", 2):
+            case [said, worker, session] if (said, worker) == (_SUPERSEDE, self._worker):
+                return session
+            case _:
+                return None
+
+    async def run(self) -> None:
+        """Repeat what the store has not taken."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            undone, self._undone = self._undone, {}
+            for user, field in undone:
+                self._remove(user, field)
+
+    def _remove(self, user: str, field: str) -> None:
+        self._lane.submit(
+            ["HDEL", keys.connections(user), field], partial(self._removed, user, field)
+        )
+
+    def _removed(self, user: str, field: str, reply: Reply | StoreUnavailable) -> None:
+        if isinstance(reply, StoreUnavailable) and len(self._undone) < UNDONE:
+            self._undone[user, field] = None
+
+
+async def connections(call: Call, user: str) -> list[Entry]:
+    """A user's connections on workers that live, in a settled order."""
+    flat, leases = await asyncio.gather(
+        call(["HGETALL", keys.connections(user)]), living_leases(call)
+    )
+    workers = {lease.worker for lease in leases}
+    found = [entry for entry in _entries(user, flat) if entry.worker in workers]
+    return sorted(found, key=lambda entry: (entry.session, entry.since, entry.connection))
+
+
+def _field(entry: Entry) -> str:
+    return f"{entry.worker}/{entry.connection}"
+
+
+def _entries(user: str, flat: list[bytes]) -> list[Entry]:
+    found = []
+    for field, value in zip(flat[::2], flat[1::2], strict=True):
+        worker, _, connection = field.decode().partition("/")
+        since, address, session = value.decode().split(" ", 2)
+        found.append(Entry(user, session, worker, connection, int(since), address))
+    return found
+
+
+def _ignore(reply: Reply | StoreUnavailable) -> None:
+    """What is lost here is said again with the next token."""
