@@ -27,6 +27,7 @@ _DEEPEST = 6
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     # A JWT begins with {" in base64. Cut off before its signature it is still nobody's business.
     (re.compile(r"eyJ[\w-]*\.[\w-]*(?:\.[\w-]*)*"), REDACTED),
+    (re.compile(r"rt1\.[\w.-]+"), REDACTED),  # A refresh token.
     (re.compile(r"(?i)\b(bearer(?:\s+|\.|%20))[^\s,;\"']+"), rf"\1{REDACTED}"),
     (re.compile(r"://[^\s\"'<>]*@"), f"://{REDACTED}@"),
     (

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import structlog
-from benchmark import fanout, memory, revoke, rooms, wire
+from benchmark import fanout, memory, revoke, rooms, sessions, wire
 
 Result = dict[str, Any]
 SECONDS = 2.0
@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*BENCHMARKS, "all"],
         default="all",
         help="fanout: deliveries/s in one room, beside a C epoll loop and websockets' broadcast(); "
-        "memory: per idle socket; revoke: until a user's sockets are closed; rooms: many small "
+        "memory: per idle socket; revoke: until a user's sockets are closed; "
+        "sessions: revoked one by one on two workers, and rotated; rooms: many small "
         "rooms, sends/s and latency (default: all)",
     )
     parser.add_argument(
@@ -75,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive(int),
         metavar="N",
         help=f"sockets of each benchmark (default: fanout 1000 receivers, memory "
-        f"{memory.SOCKETS}, revoke {revoke.SOCKETS}, rooms {rooms.ROOMS * rooms.MEMBERS})",
+        f"{memory.SOCKETS}, revoke {revoke.SOCKETS}, sessions {sessions.SOCKETS}, "
+        f"rooms {rooms.ROOMS * rooms.MEMBERS})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     return parser
@@ -158,6 +160,22 @@ def _show_revoke(result: Result) -> None:
     _table(["", "p50", "p99", "max", "worst round's max"], rows)
 
 
+def _show_sessions(result: Result) -> None:
+    print(f"  {result['sockets']:,} sockets on two workers, each session with one on both; ms")
+    names = {
+        "closed": "revoke: both sockets closed",
+        "returned": "revoke: the call returned",
+        "deaf": "revoke, pub/sub killed: closed",
+        "rotated": "a refresh token rotated",
+    }
+    rows = [
+        [text, *(f"{result[name][part]:.2f}" for part in ("p50", "p99", "max"))]
+        for name, text in names.items()
+    ]
+    _table(["", "p50", "p99", "max"], rows)
+    print(f"  handshakes right after it: {result['tried']}, accepted {result['accepted']}")
+
+
 def _show_rooms(result: Result) -> None:
     print(f"  {result['rooms']} rooms of {result['members']}, a publisher in each")
     closed, opened = result["closed"], result["open"]
@@ -181,6 +199,7 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], Result], Callable[[Re
     "fanout": (lambda options: fanout.run(options.seconds, options.sockets), _show_fanout),
     "memory": (lambda options: memory.run(options.sockets), _show_memory),
     "revoke": (lambda options: revoke.run(options.sockets), _show_revoke),
+    "sessions": (lambda options: sessions.run(options.sockets), _show_sessions),
     "rooms": (lambda options: rooms.run(options.seconds, options.sockets), _show_rooms),
 }
 

@@ -82,6 +82,8 @@ def test_what_is_below_the_level_is_left_out(stream: io.StringIO) -> None:
         JWT,
         f"Authorization: Bearer {JWT}",
         "Authorization: bearer c2lnbmF0dXJl",
+        "trade rt1.abcdefghijklmnop.s-1.3.c2lnbmF0dXJl for the next",
+        "rt1.abcdefghijklmnop.s-1.3.c2lnbmF0dXJl",
         "chat.v1, bearer.c2lnbmF0dXJl",
         "redis://user:c2lnbmF0dXJl@store:6379/0",
         "redis://:c2lnb/mF0dXJl@x@store:6379/0",

@@ -150,6 +150,8 @@ class Hub:
 
     def verify(self, token: str) -> Identity:
         """Raises TokenRefused, or StoreUnavailable while revocations cannot be checked."""
+        if not self.fresh():  # first: by a wrong clock a good token looks expired
+            raise StoreUnavailable("revocations are not current")
         identity = self._keyring.verify(token, now=time.time())
         self.vouch(identity)
         return identity
@@ -477,12 +479,12 @@ class Hub:
 
     def _verified(self, token: str) -> Outcome:
         assert self._mirror is not None
+        if not self.fresh():
+            return _UNAVAILABLE
         try:
             identity = self._keyring.verify(token, now=time.time())
         except TokenRefused as refused:
             return Failed(refused.code)
-        if not self.fresh():
-            return _UNAVAILABLE
         return Verified(identity, self._mirror.covers(identity))
 
     def _end_session(self, connection: Connection, ref: int, session: str) -> None:

@@ -10,6 +10,7 @@ from chatserver.core.flow import (
     FLOOD_REFUSALS,
     FLOOD_SECONDS,
     Budget,
+    Budgets,
     Limits,
     Patience,
     Verdict,
@@ -171,3 +172,23 @@ def test_a_clock_that_steps_back_is_no_flood() -> None:
         patience.refused(100.0)
 
     assert patience.refused(50.0) is Verdict.BEAR
+
+
+# --- budgets by name -----------------------------------------------------------------------
+
+
+def test_each_name_has_a_budget_of_its_own() -> None:
+    budgets = Budgets(1.0, 2)
+
+    waits = [budgets.spend(name, 100.0) for name in ("a", "a", "a", "b")]
+
+    assert waits == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_of_too_many_names_the_one_used_longest_ago_is_forgotten() -> None:
+    budgets = Budgets(1.0, 1, most=2)
+    for name in ("a", "b", "a", "c"):
+        budgets.spend(name, 100.0)
+
+    assert budgets.spend("a", 100.0) == 1.0
+    assert budgets.spend("b", 100.0) == 0.0

@@ -10,12 +10,14 @@ from chatserver.core import errors
 from chatserver.core.errors import Refusal
 from chatserver.core.handshake import (
     Attempt,
+    Deposit,
     Health,
     Judgement,
     Policy,
     Preflight,
     Refused,
     Request,
+    TokenRoute,
     client_address,
     judge,
 )
@@ -593,3 +595,71 @@ def test_every_request_is_judged_and_a_refusal_repeats_no_token(
         assert judgement.subprotocol in (None, "chat.v1")
     elif isinstance(judgement, Refused):
         assert TOKEN not in repr(judgement.refusal)
+
+
+# --- tokens over HTTP ----------------------------------------------------------------------
+
+REFRESH = "rt1.abcdefghijklmnop.s-1.1.c2VhbA"
+
+
+@pytest.mark.parametrize("route", list(TokenRoute))
+def test_a_token_is_handed_in_by_post_and_header(route: TokenRoute) -> None:
+    judgement = ask(
+        ("Authorization", f"Bearer {REFRESH}"),
+        ("Origin", ORIGIN),
+        method="POST",
+        target=str(route),
+    )
+
+    assert judgement == Deposit(route, REFRESH, PEER, ORIGIN)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "post"])
+def test_a_token_is_handed_in_by_no_other_method(method: str) -> None:
+    judgement = ask(BEARER, method=method, target="/v1/tokens/refresh")
+
+    assert judgement == Refused(errors.METHOD_NOT_ALLOWED, None, "POST")
+
+
+def test_a_preflight_of_a_token_route_allows_its_method() -> None:
+    judgement = ask(("Origin", ORIGIN), method="OPTIONS", target="/v1/tokens/revoke")
+
+    assert judgement == Preflight(ORIGIN, "POST")
+
+
+@pytest.mark.parametrize(
+    ("headers", "target", "refusal"),
+    [
+        ([], "", errors.TOKEN_MISSING),
+        ([("Authorization", "Basic YTpi")], "", errors.TOKEN_MISSING),
+        ([("Authorization", "Bearer ")], "", errors.TOKEN_MISSING),
+        ([BEARER, BEARER], "", errors.AMBIGUOUS_CREDENTIALS),
+        ([BEARER], "?refresh_token=x", errors.TOKEN_IN_URL),
+        ([BEARER], f"?x={REFRESH}", errors.TOKEN_IN_URL),
+        ([BEARER, ("Origin", "https://evil.example")], "", errors.ORIGIN_DENIED),
+        ([("Sec-WebSocket-Protocol", f"bearer.{TOKEN}")], "", errors.TOKEN_MISSING),
+    ],
+)
+def test_a_token_that_is_handed_in_otherwise_is_refused(
+    headers: Headers, target: str, refusal: Refusal
+) -> None:
+    judgement = ask(*headers, method="POST", target="/v1/tokens/refresh" + target)
+
+    assert refused(judgement) == refusal
+
+
+def test_a_token_is_handed_in_over_tls_only() -> None:
+    judgement = ask(BEARER, method="POST", target="/v1/tokens/refresh", tls=False)
+
+    assert refused(judgement) == errors.HTTPS_REQUIRED
+
+
+def test_a_hyphen_does_not_hide_a_token_in_the_url() -> None:
+    assert refused(ask(UPGRADE, BEARER, target="/v1/ws?access-token=x")) == errors.TOKEN_IN_URL
+
+
+def test_a_proxy_may_say_that_the_socket_is_secure() -> None:
+    """Traefik says wss of an upgrade."""
+    judgement = ask(UPGRADE, BEARER, ("X-Forwarded-Proto", "wss"), peer="10.0.0.1", tls=False)
+
+    assert attempt(judgement).token == TOKEN

@@ -22,6 +22,8 @@ from chatserver.core.protocol import (
     ChatProtocol,
     Close,
     Effect,
+    Ended,
+    EndSession,
     Failed,
     Identify,
     Join,
@@ -88,7 +90,7 @@ class Peer:
 
 
 def refs(effects: Iterable[Effect]) -> list[int]:
-    return [e.ref for e in effects if isinstance(e, Publish | Join | Read | Verify)]
+    return [e.ref for e in effects if isinstance(e, Publish | Join | Read | Verify | EndSession)]
 
 
 def sent(effects: Iterable[Effect]) -> list[dict[str, Any]]:
@@ -1352,3 +1354,69 @@ def test_every_command_gets_exactly_one_reply_in_the_order_sent(
         assert shell.replied == asked[: len(shell.replied)]
     else:
         assert shell.replied == asked
+
+
+# --- logout, and rights that change --------------------------------------------------------
+
+
+def test_logout_ends_the_session_and_is_answered_before_the_connection_ends() -> None:
+    peer = Peer()
+
+    asked = peer.command("logout", id=1)
+    done = peer.answer(asked, Ended())
+
+    assert exact(asked) == exact([EndSession(1, "s1")])
+    assert sent(done) == [{"type": "ack", "id": 1}]
+    assert done[1:] == [Close(errors.SESSION_REVOKED)]
+
+
+def test_logout_without_an_id_ends_the_session_all_the_same() -> None:
+    peer = Peer()
+
+    assert peer.answer(peer.command("logout"), Ended()) == [Close(errors.SESSION_REVOKED)]
+
+
+def test_a_logout_that_the_store_did_not_take_changes_nothing() -> None:
+    peer = Peer()
+
+    failed = peer.answer(peer.command("logout", id=1), Failed(ReplyCode.UNAVAILABLE))
+
+    assert only(failed) == error(ReplyCode.UNAVAILABLE, 1)
+    assert not peer.chat.closed
+    assert exact(peer.command("logout", id=2)) == exact([EndSession(2, "s1")])
+
+
+def test_an_expired_token_is_good_enough_for_a_logout() -> None:
+    peer = Peer()
+    peer.timer(EXP)
+
+    assert exact(peer.command("logout", EXP + 0.1, id=1)) == exact([EndSession(1, "s1")])
+
+
+def test_a_logout_waits_for_what_was_sent_before_it() -> None:
+    peer = Peer()
+
+    publish = peer.command("send", room="a", body=1)
+    assert peer.command("logout", id=1) == []
+
+    assert exact(peer.answer(publish, published())) == exact([EndSession(2, "s1")])
+
+
+def test_changed_rights_are_told_at_any_time_and_change_nothing_by_themselves() -> None:
+    peer = Peer()
+
+    peer.chat.tell_rights_changed()
+    told = peer.effects()
+
+    assert only(told) == {"type": "expiring", "expires_at": EXP * 1000, "now": True}
+    assert peer.chat.wake_at() == EXP - 60
+
+
+def test_a_closed_connection_is_told_nothing_of_its_rights() -> None:
+    peer = Peer()
+    peer.chat.disconnect(errors.DRAINING)
+    peer.effects()
+
+    peer.chat.tell_rights_changed()
+
+    assert peer.effects() == []
