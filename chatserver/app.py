@@ -160,7 +160,7 @@ class Worker:
         return EXIT_OK
 
     def _hear(self, channel: str, payload: bytes) -> None:
-        self._hub.hear(payload)
+        self._hub.superseding.hear(payload)
         self._mirror.wake()
 
     async def _current(self) -> bool:

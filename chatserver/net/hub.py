@@ -12,7 +12,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import assert_never
 
@@ -49,6 +49,7 @@ from chatserver.core.room import Reading
 from chatserver.core.session import Kind, Revocation
 from chatserver.net.connection import PING, Connection, Phase, farewell
 from chatserver.net.fanout import Fanout
+from chatserver.net.superseding import Superseding
 from chatserver.net.wheel import Wheel
 from chatserver.store.keyring import Keyring
 from chatserver.store.log import RoomLog
@@ -124,6 +125,7 @@ class Hub:
         self._slow_seconds = slow_seconds
         self._registry = registry
         self._worker = worker
+        self.superseding = Superseding(registry, worker, self)
         self._began_at = int(time.time() * 1000)
         self._mirror: Mirror | None = None
         self._connections: dict[str, Connection] = {}
@@ -150,8 +152,9 @@ class Hub:
 
     def verify(self, token: str) -> Identity:
         """Raises TokenRefused, or StoreUnavailable while revocations cannot be checked."""
-        if not self.fresh():  # first: by a wrong clock a good token looks expired
-            raise StoreUnavailable("revocations are not current")
+        assert self._mirror is not None
+        if self._mirror.skewed:
+            raise StoreUnavailable("by a wrong clock a good token looks expired")
         identity = self._keyring.verify(token, now=time.time())
         self.vouch(identity)
         return identity
@@ -181,28 +184,33 @@ class Hub:
         """It came to nothing."""
         self._registry.unregister(self._entry(connection, identity))
 
-    def make_room(self, connection: Connection, identity: Identity, others: list[Entry]) -> bool:
-        """Whether one of the others goes for this connection: of the same session, the one silent
-        longest here, else wherever the oldest of them is. Then this one is registered."""
-        of_session = [entry for entry in others if entry.session == identity.session]
-        if not of_session:
-            return False
-        if not self._supersede(identity.session):
-            self._registry.supersede(min(of_session, key=lambda entry: entry.since))
-        self._registry.renew(self._entry(connection, identity))
-        return True
+    def make_room(
+        self,
+        connection: Connection,
+        identity: Identity,
+        others: list[Entry],
+        done: Callable[[], None],
+    ) -> bool:
+        """Whether one of the others can go for this connection: the one of the same session that
+        was silent longest. Then this one is registered, and ``done`` called."""
 
-    def hear(self, payload: bytes) -> None:
-        """What another worker says."""
-        session = self._registry.superseded(payload)
-        if session is not None:
-            self._supersede(session)
+        def made() -> None:
+            self._registry.renew(self._entry(connection, identity))
+            done()
 
-    def _supersede(self, session: str) -> bool:
-        mine = self._by_session.get(session)
-        if mine:
-            self.disconnect(min(mine, key=lambda c: c.received_at), errors.SUPERSEDED)
-        return bool(mine)
+        return self.superseding.make_room(identity.session, others, made)
+
+    def silence(self, session: str) -> float | None:
+        quietest = self._quietest(session)
+        return None if quietest is None else time.monotonic() - quietest.received_at
+
+    def supersede(self, session: str) -> None:
+        quietest = self._quietest(session)
+        if quietest is not None:
+            self.disconnect(quietest, errors.SUPERSEDED)
+
+    def _quietest(self, session: str) -> Connection | None:
+        return min(self._by_session.get(session), key=lambda c: c.received_at, default=None)
 
     def _entry(self, connection: Connection, identity: Identity) -> Entry:
         return Entry(
@@ -479,12 +487,14 @@ class Hub:
 
     def _verified(self, token: str) -> Outcome:
         assert self._mirror is not None
-        if not self.fresh():
+        if self._mirror.skewed:
             return _UNAVAILABLE
         try:
             identity = self._keyring.verify(token, now=time.time())
         except TokenRefused as refused:
             return Failed(refused.code)
+        if not self.fresh():
+            return _UNAVAILABLE
         return Verified(identity, self._mirror.covers(identity))
 
     def _end_session(self, connection: Connection, ref: int, session: str) -> None:

@@ -216,26 +216,39 @@ class Listener:
         identity: Identity,
         outcome: Full | StoreUnavailable | None,
     ) -> None:
-        """The store has answered; the world may be another since the token was verified."""
-        self._registering -= 1
-        gone = connection.phase is not Phase.HANDSHAKE
+        """The store has answered."""
+        admit = partial(self._admit, connection, request, response, origin, identity)
         match outcome:
-            case StoreUnavailable():
-                if not gone:
-                    self._refuse(connection, errors.UNAVAILABLE, origin)
+            case None:
+                admit()
                 return
             case Full(others):
-                if gone or not self._hub.make_room(connection, identity, others):
-                    if not gone:
-                        self._refuse(connection, errors.TOO_MANY_CONNECTIONS, origin)
+                if self._hub.make_room(connection, identity, others, admit):
                     return
-            case None:
-                pass
-        refusal = errors.HOST_DRAINING if self._draining else self._objection(identity)
-        if gone or refusal is not None:
+                refusal = errors.TOO_MANY_CONNECTIONS
+            case StoreUnavailable():
+                refusal = errors.UNAVAILABLE
+        self._registering -= 1
+        if connection.phase is Phase.HANDSHAKE:
+            self._refuse(connection, refusal, origin)
+
+    def _admit(
+        self,
+        connection: Connection,
+        request: HttpRequest,
+        response: Response,
+        origin: str | None,
+        identity: Identity,
+    ) -> None:
+        """It is registered; the world may be another since its token was verified."""
+        self._registering -= 1
+        if connection.phase is not Phase.HANDSHAKE:
             self._hub.unregister(connection, identity)
-            if refusal is not None and not gone:
-                self._refuse(connection, refusal, origin, token=refusal.status == 401)
+            return
+        refusal = errors.HOST_DRAINING if self._draining else self._objection(identity)
+        if refusal is not None:
+            self._hub.unregister(connection, identity)
+            self._refuse(connection, refusal, origin, token=refusal.status == 401)
             return
         self._pending.discard(connection)
         connection.open(request, response)

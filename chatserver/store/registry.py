@@ -23,8 +23,6 @@ RETRY_SECONDS = 1.0
 UNDONE = 100_000
 """Removals that the store has not taken yet; beyond it they end with ENTRY_SECONDS."""
 
-_SUPERSEDE = "supersede"
-
 
 class Entry(NamedTuple):
     """One connection. ``since`` in milliseconds since the epoch."""
@@ -94,21 +92,9 @@ class Registry:
     def unregister(self, entry: Entry) -> None:
         self._remove(entry.user, _field(entry))
 
-    def supersede(self, entry: Entry) -> None:
-        """Ask the entry's worker to end a connection of its session.
-
-        Lost with pub/sub at the worst; then the user has one more for as long as it lasts.
-        """
-        said = f"{_SUPERSEDE} {entry.worker} {entry.session}"
-        self._lane.submit(["PUBLISH", keys.CHANNEL, said], _ignore)
-
-    def superseded(self, payload: bytes) -> str | None:
-        """The session of which this worker is asked to end a connection; None for all else."""
-        match payload.decode(errors="replace").split(" ", 2):
-            case [said, worker, session] if (said, worker) == (_SUPERSEDE, self._worker):
-                return session
-            case _:
-                return None
+    def say(self, message: str) -> None:
+        """Tell all workers something that may be lost."""
+        self._lane.submit(["PUBLISH", keys.CHANNEL, message], _ignore)
 
     async def run(self) -> None:
         """Repeat what the store has not taken."""

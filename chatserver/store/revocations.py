@@ -193,7 +193,8 @@ class Mirror:
         """The store's name, and salt of its refresh keys; None until the first look."""
         self._rewriting = False
         self._confirmed_at = float("-inf")
-        self._skewed = False
+        self.skewed = False
+        """The clock here is not the store's: times in tokens cannot be judged."""
         self._told_stale = False
         self._wake = asyncio.Event()
 
@@ -204,7 +205,7 @@ class Mirror:
 
     def fresh(self) -> bool:
         """Whether nothing revoked more than a moment ago can be missing here."""
-        return not self._skewed and time.monotonic() - self._confirmed_at < STALE_SECONDS
+        return not self.skewed and time.monotonic() - self._confirmed_at < STALE_SECONDS
 
     def covers(self, identity: Identity) -> bool:
         return self._list.covers(identity)
@@ -336,9 +337,9 @@ class Mirror:
         now = time.time()
         ahead = max(asked_wall - store_time, store_time - now, 0.0)
         skewed = ahead > CLOCK_TOLERANCE
-        if skewed and not self._skewed:
+        if skewed and not self.skewed:
             log.error("clock differs from the store's; refusing tokens", seconds=round(ahead, 1))
-        self._skewed = skewed
+        self.skewed = skewed
 
     def _tell_stale(self, error: StoreUnavailable) -> None:
         if not self._told_stale and time.monotonic() - self._confirmed_at > STALE_SECONDS:

@@ -230,3 +230,25 @@ async def test_a_drain_of_one_sends_its_clients_to_the_other_without_loss(
     assert (code, code_of_exit) == (1012, 0)
     assert ack["recovered"] is True
     assert [event["body"] for event in received] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("quiet", ["here", "there"])
+async def test_of_a_users_connections_on_both_the_one_silent_longest_makes_room(
+    start_worker: StartWorker, issuer: Issuer, user: str, quiet: str
+) -> None:
+    one, other = start_worker(user_connections=2), start_worker(user_connections=2)
+    token = issuer.token(user, session="s 1")
+    async with (
+        await Client.connect(one.url, token) as here,
+        await Client.connect(other.url, token) as there,
+    ):
+        silent, talking = (here, there) if quiet == "here" else (there, here)
+        await silent.ping()
+        await talking.ping()
+        async with await Client.connect(one.url, token) as newcomer:
+            frames, code = await silent.until_closed()
+            await newcomer.ping()
+            await talking.ping()
+
+    assert code == 4505
+    assert (frames[-1]["type"], frames[-1]["reconnect"]) == ("bye", False)
