@@ -31,7 +31,6 @@ from chatserver.store.keyring import Keyring
 from chatserver.store.keys import CHANNEL
 from chatserver.store.link import Store
 from chatserver.store.log import RoomLog
-from chatserver.store.refresh import RefreshTokens
 from chatserver.store.registry import Registry
 from chatserver.store.revocations import Mirror
 from chatserver.store.sessions import Sessions
@@ -67,7 +66,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         assert settings.redis_url is not None
-        keyring, refresh_tokens = keys_of(settings)
+        keyring = Keyring.of(settings)
         store = Store(settings.redis_url.get_secret_value())
         publishes, reads = store.lane(), store.lane(batch=64)
         # Of its own, so that no storm of handshakes delays a revocation.
@@ -98,13 +97,7 @@ class Worker:
         # Of its own, so that no burst of messages delays a revocation.
         revocations = store.subscription(self._hear, lambda channel: self._mirror.wake())
         revocations.subscribe(CHANNEL)
-        sessions = Sessions(
-            sessions_lane.call,
-            keyring,
-            refresh_tokens,
-            access_seconds=settings.access_seconds,
-            refresh_seconds=settings.refresh_seconds,
-        )
+        sessions = Sessions.of(settings, sessions_lane.call)
         clients = _room_for_clients()
         self._listener = Listener(
             self._hub,
@@ -206,22 +199,6 @@ async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=0.1)
-
-
-def keys_of(settings: Settings) -> tuple[Keyring, RefreshTokens]:
-    """What signs access tokens, and what makes refresh tokens."""
-    assert settings.secret is not None
-    secret = settings.secret.get_secret_value().encode()
-    given = settings.secret_previous
-    previous = None if given is None else given.get_secret_value().encode()
-    keyring = Keyring(
-        secret,
-        previous=previous,
-        issuer=settings.issuer,
-        audience=settings.audience,
-        token_bytes=settings.token_bytes,
-    )
-    return keyring, RefreshTokens(secret, previous)
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -23,9 +23,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+from pydantic import SecretStr
 
 from chatserver import supervisor, telemetry
-from chatserver.core.errors import StoreUnavailable, TokenRefused
+from chatserver.core.errors import ReplyCode, StoreRefused, StoreUnavailable, TokenRefused
 from chatserver.core.session import Kind
 from chatserver.settings import (
     ConfigurationError,
@@ -37,7 +38,7 @@ from chatserver.settings import (
     variable,
 )
 from chatserver.store.embedded import OLDEST, StoreFailed, executable, socket_url
-from chatserver.store.keyring import Keyring
+from chatserver.store.keyring import Keyring, secrets_of
 from chatserver.supervisor import (
     EXIT_CONFIGURATION,
     EXIT_INTERNAL,
@@ -47,7 +48,11 @@ from chatserver.supervisor import (
 )
 
 if TYPE_CHECKING:  # It takes a while to load, and --help needs none of it.
-    from chatserver.store.link import Store
+    from chatserver.store.link import Call, Store
+    from chatserver.store.refresh import RefreshTokens
+    from chatserver.store.registry import Entry
+    from chatserver.store.revocations import Outcome
+    from chatserver.store.sessions import Sessions, TokenPair
 
 T = TypeVar("T")
 
@@ -55,6 +60,12 @@ EXIT_NO = 1
 CUTOFF_SECONDS = 0.5
 """How long issuing a token waits for a store, which it can do without."""
 STORE_TRIES = 3
+
+REFUSED_REFRESHES = {
+    ReplyCode.TOKEN_INVALID: "This is not a refresh token of this server and its store.",
+    ReplyCode.TOKEN_EXPIRED: "The session has reached its end: log in again.",
+    ReplyCode.TOKEN_REVOKED: "The session was revoked: log in again.",
+}
 
 EPILOG = """\b
 Example:
@@ -66,7 +77,7 @@ Exit codes:
   0   it is done; the server stopped as it was told to
   1   the answer is no: a token is not good, a chat was refused
   2   the command line is wrong
-  69  the store cannot be reached
+  69  the store cannot be reached, or refuses
   70  the server failed, or its workers keep dying
   78  the configuration is wrong
 
@@ -178,6 +189,8 @@ def banner(settings: Settings, address: Address) -> str:
         "For a client of your own, get a token (it is good for 15 minutes):",
         f"    {me} token issue --user alice --role member",
     ]
+    if settings.control_key is not None and settings.control_port:
+        lines.append(f"The control API: {control_url_of(settings)}/docs")
     if settings.secret is not None:
         lines.append("Both need the same CHATSERVER_SECRET as this server.")
     return "\n".join([*lines, "Ctrl-C stops the server.", ""])
@@ -201,6 +214,12 @@ def url_of(settings: Settings, port: int) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1/ws"
 
 
+def control_url_of(settings: Settings) -> str:
+    scheme = "https" if settings.control_tls else "http"
+    host = settings.control_host if settings.control_host not in ("0.0.0.0", "::") else "127.0.0.1"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.control_port}"
+
+
 @main.command(hidden=True)
 @click.option("--fd", type=int, required=True, help="The listening socket.")
 @click.option("--ready-fd", type=int, required=True, help="Where to write a byte when serving.")
@@ -220,16 +239,45 @@ def worker(context: click.Context, fd: int, ready_fd: int) -> None:
     context.exit(app.run(settings, listener, ready))
 
 
+@main.command(hidden=True)
+@click.option("--fd", type=int, required=True, help="The listening socket.")
+@click.option("--ready-fd", type=int, required=True, help="Where to write a byte when serving.")
+@click.pass_context
+def control(context: click.Context, fd: int, ready_fd: int) -> None:
+    """Serve the control API on a socket that the supervisor has bound, which alone calls this."""
+    settings = load(env_file=None)
+    telemetry.configure(settings.log_level)
+    from chatserver import control as api
+
+    def ready() -> None:
+        os.write(ready_fd, b"1")
+        os.close(ready_fd)
+
+    context.exit(api.run(settings, socket.socket(fileno=fd), ready))
+
+
 # -- tokens -----------------------------------------------------------------------------------
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  chatserver secret
+  export CHATSERVER_SECRET=$(chatserver secret)"""
+)
+def secret() -> None:
+    """Print a new secret, fit for CHATSERVER_SECRET and for API keys."""
+    click.echo(secrets.token_urlsafe(48))
 
 
 @main.group(
     epilog="""\b
-Example:
-  chatserver token issue --user alice --role member"""
+Examples:
+  chatserver token issue --user alice --role member
+  chatserver token issue --user alice --pair"""
 )
 def token() -> None:
-    """Issue and inspect access tokens."""
+    """Issue, refresh and inspect tokens."""
 
 
 class Issued(NamedTuple):
@@ -260,7 +308,8 @@ def _rights(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> di
     epilog="""\b
 Examples:
   chatserver token issue --user alice
-  chatserver token issue --user alice --room general=rw --room 'news-*=r' --ttl 60"""
+  chatserver token issue --user alice --room general=rw --room 'news-*=r' --ttl 60
+  chatserver token issue --user alice --pair"""
 )
 @click.option("--user", required=True, help="Whose token it is: the `sub` claim.")
 @click.option(
@@ -284,26 +333,51 @@ Examples:
 @click.option(
     "--ttl",
     type=click.IntRange(1, 900),
-    default=900,
-    show_default=True,
-    help="Seconds until it expires.",
+    help="Seconds until it expires.  [default: 900]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with all there is.")
+@click.option(
+    "--pair",
+    is_flag=True,
+    help="Begin a session in the store, and print its access token and its refresh token as JSON.",
+)
 def issue(
     user: str,
     roles: tuple[str, ...],
     rooms: dict[str, str] | None,
     session: str | None,
-    ttl: int,
+    ttl: int | None,
     as_json: bool,
+    pair: bool,
 ) -> None:
     """Print an access token, and nothing else.
 
     It is signed with CHATSERVER_SECRET, in development with the secret in the data directory.
     """
+    if pair and (session is not None or ttl is not None or as_json):
+        raise click.UsageError("--pair goes with none of --session, --ttl and --json.")
     settings = load()
-    issued = asyncio.run(_issue(settings, user, roles, rooms, session or _new_session(), ttl))
+    if pair:
+        _print_pair(asyncio.run(_begin(settings, user, roles, rooms)))
+        return
+    session = session or _new_session()
+    issued = asyncio.run(_issue(settings, user, roles, rooms, session, ttl or 900))
     click.echo(json.dumps(issued._asdict(), indent=2) if as_json else issued.access_token)
+
+
+def _print_pair(pair: TokenPair) -> None:
+    click.echo(json.dumps(pair._asdict(), indent=2))
+
+
+async def _begin(
+    settings: Settings, user: str, roles: tuple[str, ...], rooms: dict[str, str] | None
+) -> TokenPair:
+    try:
+        return await _ask(
+            settings, lambda store: sessions_of(settings, store.call).begin(user, roles, rooms)
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _new_session() -> str:
@@ -353,26 +427,85 @@ async def _cutoff(settings: Settings, user: str) -> int:
 
 def keyring_of(settings: Settings) -> Keyring:
     """The keys that the server has. Raises ConfigurationError when it would refuse them."""
-    secret, previous = (
-        None if given is None else given.get_secret_value().encode()
-        for given in (settings.secret, settings.secret_previous)
-    )
-    wrong = [reason for reason in supervisor.refusals(settings) if "CHATSERVER_SECRET" in reason]
+    return Keyring.of(_with_secret(settings))
+
+
+def refresh_tokens_of(settings: Settings) -> RefreshTokens:
+    """What makes and reads the server's refresh tokens. Raises as ``keyring_of``."""
+    from chatserver.store.refresh import RefreshTokens
+
+    return RefreshTokens.of(_with_secret(settings))
+
+
+def sessions_of(settings: Settings, call: Call) -> Sessions:
+    """Sessions as the server has them. Raises as ``keyring_of``."""
+    from chatserver.store.sessions import Sessions
+
+    return Sessions.of(_with_secret(settings), call)
+
+
+def _with_secret(settings: Settings) -> Settings:
+    """The settings as the server completes them in development."""
+    wrong = [
+        reason
+        for reason in supervisor.refusals(settings)
+        if reason.startswith(("CHATSERVER_SECRET ", "CHATSERVER_SECRET_PREVIOUS "))
+    ]
     if wrong:
         raise ConfigurationError(wrong)
-    return Keyring(
-        development_secret(settings.data_dir) if secret is None else secret,
-        previous=previous,
-        issuer=settings.issuer,
-        audience=settings.audience,
-        token_bytes=settings.token_bytes,
-    )
+    if settings.secret is not None:
+        return settings
+    secret = SecretStr(development_secret(settings.data_dir).decode())
+    return settings.model_copy(update={"secret": secret})
 
 
 def store_url(settings: Settings) -> str:
     if settings.redis_url is None:
         return socket_url(settings.data_dir)
     return settings.redis_url.get_secret_value()
+
+
+def _given(text: str) -> str:
+    """A token from the command line, or from standard input, where no other user sees it."""
+    if text != "-":
+        return text
+    return sys.stdin.buffer.read(1 << 20).decode(errors="replace").strip()
+
+
+@token.command(
+    epilog="""\b
+Examples:
+  chatserver token refresh < refresh-token
+  chatserver token issue --user alice --pair | jq -r .refresh_token | chatserver token refresh"""
+)
+@click.argument("text", metavar="[TOKEN]", default="-")
+@click.pass_context
+def refresh(context: click.Context, text: str) -> None:
+    """Trade a refresh token for the next pair of tokens, as JSON.
+
+    Reads standard input without TOKEN, or when it is -. Trading a token again ends its session,
+    but for the last one traded, within 10 seconds: that gives the same pair. Exit code 1 when it
+    is refused.
+    """
+    settings = load()
+    from chatserver.store.sessions import TooManyReplays
+
+    try:
+        _print_pair(asyncio.run(_rotate(settings, _given(text))))
+        return
+    except TokenRefused as refused:
+        complain(REFUSED_REFRESHES[refused.code])
+    except TooManyReplays:
+        complain("This token was used too often: use the one that it was traded for.")
+    context.exit(EXIT_NO)
+
+
+async def _rotate(settings: Settings, text: str) -> TokenPair:
+    async def rotate(store: Store) -> TokenPair:
+        sessions = sessions_of(settings, store.call)
+        return await sessions.rotate(text, await sessions.salt())
+
+    return await _ask(settings, rotate)
 
 
 @token.command(
@@ -387,20 +520,43 @@ def inspect(context: click.Context, text: str) -> None:
     """Show what is in a token, and whether this server would take it.
 
     Reads standard input without TOKEN, or when it is -. The token itself and its signature are
-    not printed. Revocations are not looked at. Exit code 1 when it is not good.
+    not printed. Revocations are not looked at, and of a refresh token only its seal is checked,
+    which takes the store. Exit code 1 when it is not good.
     """
     settings = load()
-    if text == "-":
-        text = sys.stdin.buffer.read(1 << 20).decode(errors="replace").strip()
-    report = _inspect(keyring_of(settings), _secrets(settings), text, time.time())
+    text = _given(text)
+    if text.startswith("rt1."):
+        report = asyncio.run(_inspect_refresh(settings, text))
+    else:
+        keys = [key for key in secrets_of(_with_secret(settings)) if key is not None]
+        report = _inspect(keyring_of(settings), keys, text, time.time())
     click.echo(json.dumps(report, indent=2))
+    if report["good"] is None:
+        context.exit(EXIT_STORE)
     context.exit(EXIT_OK if report["good"] else EXIT_NO)
 
 
-def _secrets(settings: Settings) -> list[bytes]:
-    given = [settings.secret, settings.secret_previous]
-    found = [secret.get_secret_value().encode() for secret in given if secret is not None]
-    return found if settings.secret else [development_secret(settings.data_dir), *found]
+async def _inspect_refresh(settings: Settings, text: str) -> dict[str, Any]:
+    """What a refresh token says; ``good`` is None when nobody could say."""
+    from chatserver.store import keys
+
+    refresh_tokens = refresh_tokens_of(settings)
+    report: dict[str, Any] = {"good": False, "reason": None, "kind": "refresh token"}
+    match text.split(".") if len(text) <= 256 else []:
+        case [_, kid, session, generation, _]:
+            report |= {"session": session, "generation": generation, "kid": kid}
+        case _:
+            return report | {"reason": "this is not a refresh token of five parts"}
+    try:
+        salt = await _ask(settings, lambda store: store.call(["GET", keys.INCARNATION]))
+    except StoreUnavailable as error:
+        why = telemetry.redact(str(error))
+        return report | {"good": None, "reason": f"its seal could not be checked: {why}"}
+    try:
+        refresh_tokens.read(text, salt or b"")
+    except TokenRefused as refused:
+        return report | {"reason": f"{refused.code}: its seal is not of this secret and store"}
+    return report | {"good": True}
 
 
 def _inspect(keyring: Keyring, keys: list[bytes], text: str, now: float) -> dict[str, Any]:
@@ -462,16 +618,76 @@ def revoke(session: str | None, user: str | None, token_id: str | None, reason: 
     if len(given) != 1:
         raise click.UsageError("Give exactly one of --session, --user and --token.")
     ((kind, value),) = given.items()
+    _check_id(value)
+    outcome = asyncio.run(_revoke(load(), kind, value, reason))
+    closed = f"{outcome.closed} connection{'' if outcome.closed == 1 else 's'}"
+    click.echo(f"Revoked {kind} {value}: {closed} closed.")
+    if not outcome.complete:
+        complain(
+            "A worker did not confirm it. Until it does, it accepts nobody and delivers nothing."
+        )
+
+
+def _check_id(value: str) -> None:
     if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}", value):
         raise click.UsageError("This is not an id: 1 to 128 characters, no control characters.")
-    asyncio.run(_revoke(load(), kind, value, reason))
-    click.echo(f"Revoked {kind} {value}.")
 
 
-async def _revoke(settings: Settings, kind: Kind, value: str, reason: str) -> None:
+async def _revoke(settings: Settings, kind: Kind, value: str, reason: str) -> Outcome:
     from chatserver.store import revocations
 
-    await _ask(settings, lambda store: revocations.revoke(store.call, kind, value, reason=reason))
+    return await _ask(
+        settings, lambda store: revocations.revoke(store.call, kind, value, reason=reason)
+    )
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  chatserver sessions --user alice
+  chatserver sessions --user alice --json"""
+)
+@click.option("--user", required=True, help="Whose connections.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def sessions(user: str, as_json: bool) -> None:
+    """Show where a user is connected, on all workers."""
+    _check_id(user)
+    entries = asyncio.run(_connections(load(), user))
+    if as_json:
+        click.echo(json.dumps([_connection(entry) for entry in entries], indent=2))
+    elif entries:
+        click.echo(_table(entries))
+    else:
+        click.echo(f"{user} is not connected.")
+
+
+async def _connections(settings: Settings, user: str) -> list[Entry]:
+    from chatserver.store import registry
+
+    return await _ask(settings, lambda store: registry.connections(store.call, user))
+
+
+def _connection(entry: Entry) -> dict[str, object]:
+    """As the control API tells of it; the time is in milliseconds."""
+    return {
+        "session": entry.session,
+        "connection": entry.connection,
+        "worker": entry.worker,
+        "connected_since": entry.since,
+        "address": entry.address,
+    }
+
+
+def _table(entries: list[Entry]) -> str:
+    rows = [("SESSION", "CONNECTION", "WORKER", "CONNECTED SINCE", "ADDRESS")]
+    for entry in entries:
+        since = datetime.fromtimestamp(entry.since // 1000, UTC).isoformat()
+        rows.append((entry.session, entry.connection, entry.worker, since, entry.address))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 async def _ask(settings: Settings, question: Callable[[Store], Awaitable[T]]) -> T:
@@ -488,10 +704,12 @@ async def _ask(settings: Settings, question: Callable[[Store], Awaitable[T]]) ->
                 return await question(store)
         except StoreUnavailable as error:
             why = error
-    raise StoreUnavailable(_unreachable(settings, why))
+    raise StoreUnavailable(_explained(settings, why))
 
 
-def _unreachable(settings: Settings, error: StoreUnavailable) -> str:
+def _explained(settings: Settings, error: StoreUnavailable) -> str:
+    if isinstance(error, StoreRefused):
+        return f"The store refuses: {str(error).rstrip('.')}."
     if settings.redis_url is None:
         return f"The private store in {settings.data_dir} is not running: start the server first."
     url = settings.redis_url.get_secret_value()

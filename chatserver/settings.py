@@ -12,7 +12,7 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -140,6 +140,13 @@ Seconds = Annotated[FiniteFloat, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Settings(BaseSettings):
     """Everything the server may be told, checked. Build it with ``load()``."""
 
@@ -177,6 +184,15 @@ class Settings(BaseSettings):
         default_factory=_data_dir,
         description="where the private store and the development secret live; by default "
         "`$XDG_DATA_HOME/chatserver` or `~/.local/share/chatserver`",
+    )
+    control_host: str = Field(
+        "127.0.0.1", description="address of the control API; in production another needs TLS"
+    )
+    control_port: int = Field(8001, ge=0, le=65535, description="port of the control API")
+    control_key: Secret | None = Field(
+        None,
+        description="opens the control API: at least 32 bytes that nobody can guess; without it "
+        "there is no control API",
     )
     allowed_origins: Origins = Field(
         (),
@@ -249,6 +265,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def control_tls(self) -> bool:
+        """Beyond this machine the control API is served under the same certificate."""
+        return self.tls_certfile is not None and not _is_loopback(self.control_host)
+
+    @property
     def production(self) -> bool:
         return self.environment == "production"
 
@@ -262,7 +283,7 @@ class Settings(BaseSettings):
             return []
         missing = {
             "CHATSERVER_SECRET is not set: production needs a secret of its own, of at least 32 "
-            "random bytes (openssl rand -base64 48 makes one).": self.secret is None,
+            f"random bytes ({command()} secret makes one).": self.secret is None,
             "There is no TLS: set CHATSERVER_TLS_CERTFILE and CHATSERVER_TLS_KEYFILE, or, where a "
             "proxy terminates TLS, CHATSERVER_TRUSTED_PROXIES.": not self.tls_certfile
             and not self.trusted_proxies,
@@ -270,6 +291,10 @@ class Settings(BaseSettings):
             "as https://chat.example.": not self.allowed_origins,
             "CHATSERVER_REDIS_URL is not set: production needs a Redis or Valkey that is run for "
             "it.": self.redis_url is None,
+            "CHATSERVER_CONTROL_HOST is not this machine itself, and there is no TLS: set "
+            "CHATSERVER_TLS_CERTFILE and CHATSERVER_TLS_KEYFILE.": self.control_key is not None
+            and not self.tls_certfile
+            and not _is_loopback(self.control_host),
         }
         return [reason for reason, is_missing in missing.items() if is_missing]
 

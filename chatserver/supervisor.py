@@ -51,6 +51,7 @@ EXIT_SECONDS = 2.0
 BIND_SECONDS = 1.0
 
 WORKER: Final = (sys.executable, "-m", "chatserver", "worker")
+CONTROL: Final = (sys.executable, "-m", "chatserver", "control")
 
 log = telemetry.logger("supervisor")
 
@@ -58,6 +59,14 @@ log = telemetry.logger("supervisor")
 class Address(NamedTuple):
     host: str
     port: int
+
+
+class Slot(NamedTuple):
+    """A place for a process that is kept alive: its socket outlives any process in it."""
+
+    name: str
+    listener: socket.socket
+    command: Sequence[str]
 
 
 OnReady = Callable[[Address], None]
@@ -80,9 +89,15 @@ def run(
         for listener in listeners:
             sockets.enter_context(listener)
         address = Address(*listeners[0].getsockname()[:2])
+        slots = [Slot("worker", listener, command) for listener in listeners]
+        if settings.control_key is not None:
+            control = sockets.enter_context(bind_control(settings))
+            slots.append(Slot("control", control, CONTROL))
+            settings = settings.model_copy(update={"control_port": control.getsockname()[1]})
+            log.info("control_bound", host=settings.control_host, port=settings.control_port)
         store = None if settings.redis_url else EmbeddedStore(settings.data_dir)
         settled = _settled(settings, address, store)
-        supervisor = Supervisor(settled, listeners, command, store)
+        supervisor = Supervisor(settled, slots, store)
         return asyncio.run(supervisor.run(lambda: on_ready(address)))
 
 
@@ -94,8 +109,24 @@ def refusals(settings: Settings) -> list[str]:
         if secret is not None:
             found = weaknesses(secret.get_secret_value().encode())
             reasons += [f"{variable(name)} is not fit to sign tokens. {why}" for why in found]
+    reasons += _control_problems(settings)
     if settings.tls_certfile and settings.tls_keyfile:
         reasons += _tls_problems(str(settings.tls_certfile), str(settings.tls_keyfile))
+    return reasons
+
+
+def _control_problems(settings: Settings) -> list[str]:
+    if settings.control_key is None:
+        return []
+    key = settings.control_key.get_secret_value()
+    reasons = [
+        f"CHATSERVER_CONTROL_KEY is not fit to guard the control API. {why}"
+        for why in weaknesses(key.encode())
+    ]
+    if settings.secret is not None and key == settings.secret.get_secret_value():
+        reasons.append("CHATSERVER_CONTROL_KEY is CHATSERVER_SECRET: it needs one of its own.")
+    if settings.port and settings.port == settings.control_port:
+        reasons.append("CHATSERVER_PORT and CHATSERVER_CONTROL_PORT are the same: change one.")
     return reasons
 
 
@@ -149,11 +180,29 @@ def bind(host: str, port: int, slots: int) -> list[socket.socket]:
     return listeners
 
 
-def _listener(family: int, place: tuple[object, ...]) -> socket.socket:
+def bind_control(settings: Settings) -> socket.socket:
+    """The control API's listening socket. Raises ConfigurationError."""
+    host, port = settings.control_host, settings.control_port
+    try:
+        family, *_, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        if port:
+            _insist_on_a_free_port(family, place)
+        return _listener(family, place, shared=False)
+    except (OSError, UnicodeError) as error:
+        why = _why_not(host, port, error)
+        why = why.replace("CHATSERVER_HOST", "CHATSERVER_CONTROL_HOST")
+        why = why.replace("--port", "CHATSERVER_CONTROL_PORT")
+        raise ConfigurationError([f"The control API cannot be served. {why}"]) from None
+
+
+def _listener(family: int, place: tuple[object, ...], *, shared: bool = True) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(place)
         listener.listen(BACKLOG)
     except OSError:
@@ -223,14 +272,12 @@ class Supervisor:
     def __init__(
         self,
         settings: Settings,
-        listeners: Sequence[socket.socket],
-        command: Sequence[str],
+        slots: Sequence[Slot],
         store: EmbeddedStore | None,
     ) -> None:
         self._settings = settings
         self._environ = environ(settings)
-        self._listeners = listeners
-        self._command = command
+        self._slots = slots
         self._store = store
         self._workers: dict[int, asyncio.subprocess.Process] = {}
         self._ready: set[int] = set()
@@ -270,7 +317,7 @@ class Supervisor:
 
     async def _serve(self, on_ready: Callable[[], None]) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for slot in range(len(self._listeners)):
+            for slot in range(len(self._slots)):
                 tasks.create_task(self._keep_worker(slot, on_ready))
             if self._store is not None:
                 tasks.create_task(self._keep_store(self._store))
@@ -290,7 +337,7 @@ class Supervisor:
     def _kill_workers(self) -> None:
         for slot, worker in self._workers.items():
             if _send(worker, signal.SIGKILL):
-                log.warning("worker_killed", slot=slot, pid=worker.pid)
+                log.warning(f"{self._slots[slot].name}_killed", slot=slot, pid=worker.pid)
 
     async def _keep_worker(self, slot: int, on_ready: Callable[[], None]) -> None:
         """Have a worker in this slot until the supervisor stops."""
@@ -304,7 +351,13 @@ class Supervisor:
                 return
             now = time.monotonic()
             delay = restarts.died(now, lived=now - born, was_ready=was_ready)
-            log.error("worker_died", slot=slot, status=status, ready=was_ready, restart_in=delay)
+            log.error(
+                f"{self._slots[slot].name}_died",
+                slot=slot,
+                status=status,
+                ready=was_ready,
+                restart_in=delay,
+            )
             final = status in (EXIT_STORE, EXIT_CONFIGURATION)
             if delay is None or (final and not self._started):
                 self._stop(status if final else EXIT_INTERNAL)
@@ -318,7 +371,7 @@ class Supervisor:
             worker = await self._start_worker(slot, writing)
         except OSError as error:  # No memory, no processes left: as good as dead.
             os.close(reading)
-            log.error("worker_not_started", slot=slot, reason=error.strerror)
+            log.error(f"{self._slots[slot].name}_not_started", slot=slot, reason=error.strerror)
             return EXIT_INTERNAL
         finally:
             os.close(writing)
@@ -334,8 +387,8 @@ class Supervisor:
         return status
 
     async def _start_worker(self, slot: int, writing: int) -> asyncio.subprocess.Process:
-        listener = self._listeners[slot].fileno()
-        command = [*self._command, "--fd", str(listener), "--ready-fd", str(writing)]
+        listener = self._slots[slot].listener.fileno()
+        command = [*self._slots[slot].command, "--fd", str(listener), "--ready-fd", str(writing)]
         return await asyncio.create_subprocess_exec(
             # SIGKILL: an orphan that hangs must not keep the port.
             *tethered(command, signal.SIGKILL),
@@ -348,8 +401,8 @@ class Supervisor:
 
     def _became_ready(self, slot: int, pid: int, on_ready: Callable[[], None]) -> None:
         self._ready.add(slot)
-        log.info("worker_ready", slot=slot, pid=pid)
-        if len(self._ready) == len(self._listeners) and not self._started:
+        log.info(f"{self._slots[slot].name}_ready", slot=slot, pid=pid)
+        if len(self._ready) == len(self._slots) and not self._started:
             self._started = True
             on_ready()
 

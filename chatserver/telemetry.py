@@ -35,7 +35,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
         rf"\1{REDACTED}",
     ),
 )
-_SECRET_KEYS = ("token", "secret", "secret_previous", "authorization", "password")
+_SECRET_KEYS = ("token", "secret", "secret_previous", "control_key", "authorization", "password")
 
 
 def redact(text: str) -> str:

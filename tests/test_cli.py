@@ -24,8 +24,9 @@ from chatserver import cli, supervisor
 from chatserver.core.session import Kind
 from chatserver.settings import COMMAND, development_secret, load, variable
 from chatserver.store import revocations
-from chatserver.store.keyring import Keyring
+from chatserver.store.keyring import Keyring, weaknesses
 from chatserver.store.link import Store
+from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,19 @@ def claims_of(token: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "words",
-    ["", "serve", "token", "token issue", "token inspect", "revoke", "chat", "check"],
+    [
+        "",
+        "serve",
+        "secret",
+        "token",
+        "token issue",
+        "token refresh",
+        "token inspect",
+        "revoke",
+        "sessions",
+        "chat",
+        "check",
+    ],
 )
 def test_help_has_an_example_and_stays_as_it_was_written(run: Run, words: str) -> None:
     result = run(*words.split(), "--help")
@@ -121,6 +134,11 @@ def test_the_help_lists_every_exit_code(run: Run) -> None:
         ["token", "issue", "--user", "a", "--room", "general=x"],
         ["token", "issue", "--user", "a", "--room", "no room=r"],
         ["token", "issue", "--user", "a", "--room", "general=r", "--room", "general=rw"],
+        ["token", "issue", "--user", "a", "--pair", "--session", "s"],
+        ["token", "issue", "--user", "a", "--pair", "--ttl", "900"],
+        ["token", "issue", "--user", "a", "--pair", "--json"],
+        ["sessions"],
+        ["sessions", "--user", ""],
         ["revoke"],
         ["revoke", "--user", "a", "--session", "b"],
         ["revoke", "--user", ""],
@@ -147,7 +165,11 @@ def test_a_wrong_command_line_is_2_and_explained(run: Run, words: list[str]) -> 
         ["serve"],
         ["check"],
         ["token", "issue", "--user", "a"],
+        ["token", "issue", "--user", "a", "--pair"],
+        ["token", "refresh", "rt1.a"],
         ["token", "inspect", "a.b.c"],
+        ["token", "inspect", "rt1.a"],
+        ["sessions", "--user", "a"],
         ["revoke", "--user", "a"],
         ["chat", "--room", "general", "--user", "a"],
     ],
@@ -174,6 +196,17 @@ def test_our_own_bug_is_70_with_a_trace_in_the_log_and_no_secret(
     assert result.exit_code == 70
     assert "RuntimeError: Bearer [redacted]" in result.stderr
     assert "tomato" not in result.stderr
+
+
+# -- secret -----------------------------------------------------------------------------------
+
+
+def test_a_secret_is_one_line_another_each_time_and_fit_to_sign(run: Run) -> None:
+    first, second = (run("secret").stdout for _ in range(2))
+
+    assert first != second
+    assert re.fullmatch(r"[\w-]{64}\n", first)
+    assert weaknesses(first.strip().encode()) == []
 
 
 # -- token issue ------------------------------------------------------------------------------
@@ -277,7 +310,172 @@ def test_a_store_that_hangs_does_not_keep_one_waiting(run: Run, own_valkey: Valk
     assert result.exit_code == 0
 
 
+# -- token issue --pair, token refresh --------------------------------------------------------
+
+
+def pair_of(run: Run, store: Valkey, user: str, *words: str) -> dict[str, Any]:
+    return json_of(run("token", "issue", "--user", user, "--pair", *words, redis_url=store.url))
+
+
+def test_a_pair_begins_a_session_in_the_store(
+    run: Run, valkey: Valkey, user: str, data_dir: Path
+) -> None:
+    pair = pair_of(run, valkey, user, "--role", "guest", "--room", "general=rw")
+
+    identity = keyring(data_dir).verify(pair["access_token"], now=time.time())
+    assert list(pair) == [
+        "access_token",
+        "refresh_token",
+        "session",
+        "expires_at",
+        "refresh_expires_at",
+    ]
+    assert (identity.user, identity.session) == (user, pair["session"])
+    assert (identity.roles, identity.rooms) == (("guest",), {"general": "rw"})
+    assert identity.expires_at * 1000 == pair["expires_at"]
+    assert pair["refresh_token"].startswith("rt1.")
+    assert valkey.command("EXISTS", f"chat:{{auth}}:family:{pair['session']}") == b":1"
+
+
+def test_a_pair_lives_as_long_as_the_settings_say(run: Run, valkey: Valkey, user: str) -> None:
+    lives = {"access_seconds": "60", "refresh_seconds": "3600"}
+
+    result = run("token", "issue", "--user", user, "--pair", redis_url=valkey.url, **lives)
+
+    pair = json_of(result)
+    assert pair["refresh_expires_at"] - pair["expires_at"] == (3600 - 60) * 1000
+
+
+def test_what_no_token_can_say_begins_no_session(run: Run, valkey: Valkey) -> None:
+    result = run("token", "issue", "--user", "a\nb", "--pair", redis_url=valkey.url)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_a_pair_needs_the_store(run: Run) -> None:
+    result = run("token", "issue", "--user", "alice", "--pair", redis_url=NOWHERE)
+
+    assert (result.exit_code, result.stdout) == (69, "")
+    assert "tomato" not in result.stderr
+
+
+@pytest.mark.parametrize("place", ["argument", "stdin", "dash"])
+def test_refresh_trades_a_token_for_the_next_pair(
+    run: Run, valkey: Valkey, user: str, place: str, data_dir: Path
+) -> None:
+    pair = pair_of(run, valkey, user, "--role", "guest")
+    token = pair["refresh_token"]
+    words = {"argument": [token], "dash": ["-"], "stdin": []}[place]
+
+    result = run("token", "refresh", *words, stdin=f"{token}\n", redis_url=valkey.url)
+
+    following = json_of(result)
+    identity = keyring(data_dir).verify(following["access_token"], now=time.time())
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert following.keys() == pair.keys()
+    assert following["refresh_token"] != token
+    assert (identity.session, identity.roles) == (pair["session"], ("guest",))
+
+
+def refusal_of(run: Run, store: Valkey, token: str) -> str:
+    result = run("token", "refresh", stdin=token, redis_url=store.url)
+    assert (result.exit_code, result.stdout) == (1, "")
+    return result.stderr
+
+
+@pytest.mark.parametrize("token", ["", "nonsense", "rt1.a.b.1.c", "ü", "eyJ.eyJ.x"])
+def test_refresh_refuses_what_is_no_refresh_token(run: Run, valkey: Valkey, token: str) -> None:
+    told = refusal_of(run, valkey, token)
+
+    assert told == "chatserver: This is not a refresh token of this server and its store.\n"
+
+
+def test_refresh_refuses_a_session_that_was_revoked(run: Run, valkey: Valkey, user: str) -> None:
+    pair = pair_of(run, valkey, user)
+    run("revoke", "--session", pair["session"], redis_url=valkey.url)
+
+    told = refusal_of(run, valkey, pair["refresh_token"])
+
+    assert told == "chatserver: The session was revoked: log in again.\n"
+
+
+def test_refresh_refuses_a_session_that_is_over(run: Run, valkey: Valkey, user: str) -> None:
+    pair = pair_of(run, valkey, user)
+    valkey.command("HSET", f"chat:{{auth}}:family:{pair['session']}", "expires_at", "1")
+
+    told = refusal_of(run, valkey, pair["refresh_token"])
+
+    assert told == "chatserver: The session has reached its end: log in again.\n"
+
+
+def test_a_lost_answer_is_given_again_but_not_for_ever(run: Run, valkey: Valkey, user: str) -> None:
+    token = pair_of(run, valkey, user)["refresh_token"]
+
+    answers = {run("token", "refresh", token, redis_url=valkey.url).stdout for _ in range(6)}
+    told = refusal_of(run, valkey, token)
+
+    assert len(answers) == 1
+    assert "used too often" in told
+
+
+def test_a_token_used_again_later_ends_its_session(run: Run, valkey: Valkey, user: str) -> None:
+    token = pair_of(run, valkey, user)["refresh_token"]
+    second = json_of(run("token", "refresh", token, redis_url=valkey.url))
+    third = json_of(run("token", "refresh", second["refresh_token"], redis_url=valkey.url))
+
+    refusal_of(run, valkey, token)
+    told = refusal_of(run, valkey, third["refresh_token"])
+
+    assert told == "chatserver: The session was revoked: log in again.\n"
+
+
 # -- token inspect ----------------------------------------------------------------------------
+
+
+def test_inspect_knows_a_refresh_token_and_prints_no_part_that_is_secret(
+    run: Run, valkey: Valkey, user: str, data_dir: Path
+) -> None:
+    pair = pair_of(run, valkey, user)
+    token = pair["refresh_token"]
+
+    result = run("token", "inspect", stdin=token, redis_url=valkey.url)
+
+    assert (result.exit_code, json_of(result)) == (
+        0,
+        {
+            "good": True,
+            "reason": None,
+            "kind": "refresh token",
+            "session": pair["session"],
+            "generation": "1",
+            "kid": keyring(data_dir).kid,
+        },
+    )
+    assert token.split(".")[-1] not in result.output
+
+
+def test_inspect_knows_a_refresh_token_that_is_not_of_this_server(
+    run: Run, valkey: Valkey, user: str
+) -> None:
+    token = pair_of(run, valkey, user)["refresh_token"]
+    others = run("token", "inspect", token, redis_url=valkey.url, secret=SECRET)
+    forged = run("token", "inspect", token.replace(".1.", ".2."), redis_url=valkey.url)
+    nonsense = run("token", "inspect", "rt1." + "." * 10_000, redis_url=valkey.url)
+
+    for result in (others, forged, nonsense):
+        assert result.exit_code == 1
+        assert json_of(result)["good"] is False
+    assert "token_invalid" in json_of(forged)["reason"]
+    assert json_of(forged)["generation"] == "2"
+
+
+def test_inspect_says_that_without_the_store_a_seal_cannot_be_checked(run: Run) -> None:
+    result = run("token", "inspect", "rt1.k.s.1.x", redis_url=NOWHERE)
+
+    report = json_of(result)
+    assert (result.exit_code, report["good"], report["session"]) == (69, None, "s")
+    assert report["reason"].startswith("its seal could not be checked: The store at ")
+    assert "tomato" not in result.output
 
 
 @pytest.mark.parametrize("place", ["argument", "stdin", "dash"])
@@ -378,7 +576,8 @@ def test_revoke_says_what_it_revoked(
 ) -> None:
     result = run("revoke", option, user, "--reason", "lost", redis_url=valkey.url)
 
-    assert (result.exit_code, result.stdout) == (0, f"Revoked {kind} {user}.\n")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"Revoked {kind} {user}: 0 connections closed.\n"
     assert valkey.command("EXISTS", f"chat:{{auth}}:revoked:{kind}:{user}") == b":1"
 
 
@@ -390,11 +589,101 @@ def test_revoke_without_a_store_is_69_and_hides_its_password(run: Run) -> None:
     assert "tomato" not in result.stderr
 
 
+@pytest.mark.parametrize(("closed", "told"), [(1, "1 connection"), (3, "3 connections")])
+def test_revoke_counts_what_it_closed(
+    run: Run, valkey: Valkey, monkeypatch: pytest.MonkeyPatch, closed: int, told: str
+) -> None:
+    async def revoke(*_: object, **__: object) -> revocations.Outcome:
+        return revocations.Outcome(closed, complete=True)
+
+    monkeypatch.setattr(revocations, "revoke", revoke)
+
+    result = run("revoke", "--session", "s-1", redis_url=valkey.url)
+
+    assert (result.stdout, result.stderr) == (f"Revoked session s-1: {told} closed.\n", "")
+
+
+def test_revoke_says_when_a_worker_did_not_confirm(
+    run: Run, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocations, "CONFIRM_SECONDS", 0.1)
+    lease = f"{int(time.time() + 60) * 1000} 0-0 {{}}"
+    own_valkey.command("HSET", "chat:{auth}:workers", "w-silent", lease)
+
+    result = run("revoke", "--session", "s-1", redis_url=own_valkey.url)
+
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "Revoked session s-1: 0 connections closed.\n",
+    )
+    assert "A worker did not confirm it." in result.stderr
+
+
+def test_a_store_that_refuses_is_not_told_as_one_that_is_away(run: Run, own_valkey: Valkey) -> None:
+    own_valkey.command("CONFIG", "SET", "maxmemory", "1")
+
+    result = run("revoke", "--user", "alice", redis_url=own_valkey.url)
+
+    assert (result.exit_code, result.stdout) == (69, "")
+    assert result.stderr.startswith("chatserver: The store refuses: OOM command not allowed")
+    assert result.stderr.count(".\n") == result.stderr.count("\n") == 1
+
+
 def test_revoke_without_a_running_server_says_so(run: Run, data_dir: Path) -> None:
     result = run("revoke", "--user", "alice")
 
     assert result.exit_code == 69
     assert f"The private store in {data_dir} is not running" in result.stderr
+
+
+# -- sessions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def connected(valkey: Valkey, user: str) -> list[str]:
+    """Connections of a user on a worker that lives, and on one that does not."""
+    now = int(time.time() * 1000)
+    worker, gone = unique("w"), unique("w")
+    for name, renewed in ((worker, now + 60_000), (gone, now - 60_000)):
+        valkey.command("HSET", "chat:{auth}:workers", name, f"{renewed} 9999999999999-0 {{}}")
+    registered = {f"{worker}/c-2": "1760000001000 - s-1", f"{gone}/c-3": "1760000002000 - s-2"}
+    registered[f"{worker}/c-1"] = "1760000000123 203.0.113.7 s-1"
+    for name, value in registered.items():
+        valkey.command("HSET", f"chat:{{auth}}:user:{user}", name, value)
+    return [worker]
+
+
+def test_sessions_are_a_table(run: Run, valkey: Valkey, user: str, connected: list[str]) -> None:
+    result = run("sessions", "--user", user, redis_url=valkey.url)
+
+    (worker,) = connected
+    assert [re.split("  +", line) for line in result.stdout.splitlines()] == [
+        ["SESSION", "CONNECTION", "WORKER", "CONNECTED SINCE", "ADDRESS"],
+        ["s-1", "c-1", worker, "2025-10-09T08:53:20+00:00", "203.0.113.7"],
+        ["s-1", "c-2", worker, "2025-10-09T08:53:21+00:00", "-"],
+    ]
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_sessions_as_json(run: Run, valkey: Valkey, user: str, connected: list[str]) -> None:
+    listed = json.loads(run("sessions", "--user", user, "--json", redis_url=valkey.url).stdout)
+
+    assert [each["connection"] for each in listed] == ["c-1", "c-2"]
+    assert listed[0] == {
+        "session": "s-1",
+        "connection": "c-1",
+        "worker": connected[0],
+        "connected_since": 1760000000123,
+        "address": "203.0.113.7",
+    }
+
+
+def test_a_user_who_is_not_connected(run: Run, valkey: Valkey, user: str) -> None:
+    told = run("sessions", "--user", user, redis_url=valkey.url).stdout
+    listed = run("sessions", "--user", user, "--json", redis_url=valkey.url).stdout
+
+    assert told == f"{user} is not connected.\n"
+    assert json.loads(listed) == []
 
 
 # -- check ------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def _check_send(command: Send) -> None:
         path = "$.room"
     elif command.rooms is not UNSET and len(set(command.rooms)) != len(command.rooms):
         path = "$.rooms"
-    elif _too_deep(bytes(command.body)):
+    elif too_deep(bytes(command.body)):
         path = "$.body"
     if path:
         raise InvalidCommand(ReplyCode.INVALID, id=command.reply_to, path=path)
@@ -169,7 +169,8 @@ _ROUND = bytes.maketrans(b"[{]}", b"(())")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def _too_deep(raw: bytes) -> bool:
+def too_deep(raw: bytes) -> bool:
+    """Whether this JSON is nested more than BODY_DEPTH levels."""
     # Fewer brackets than levels allowed: no need to look, which is nearly every message.
     if raw.count(b"[") + raw.count(b"{") <= BODY_DEPTH:
         return False

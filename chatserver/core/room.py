@@ -80,6 +80,14 @@ class Recovery(NamedTuple):
     gap: tuple[int, int] | None
 
 
+def has_more(reading: Reading, *, onwards: bool) -> bool:
+    """Whether the log goes on behind a page of it, in the direction in which it was read."""
+    events = reading.events
+    if onwards:
+        return bool(events) and events[-1].offset < reading.top
+    return bool(events) and events[0].offset > reading.first
+
+
 def recover(reading: Reading, *, since: Since | None, last: int | None, replay: int) -> Recovery:
     """Decide what a joining member is replayed. ``last`` None: the client did not say."""
     top, oldest = reading.top, reading.first - 1

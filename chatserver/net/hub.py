@@ -45,7 +45,7 @@ from chatserver.core.protocol import (
     Verify,
     Withhold,
 )
-from chatserver.core.room import Reading
+from chatserver.core.room import Reading, has_more
 from chatserver.core.session import Kind, Revocation
 from chatserver.net.connection import PING, Connection, Phase, farewell
 from chatserver.net.fanout import Fanout
@@ -467,11 +467,7 @@ class Hub:
             if isinstance(reading, StoreUnavailable):
                 self._answer_later(connection, ref, _UNAVAILABLE)
                 return
-            events = reading.events
-            if after is None:
-                more = bool(events) and events[0].offset > reading.first
-            else:
-                more = bool(events) and events[-1].offset < reading.top
+            more = has_more(reading, onwards=after is not None)
             self._answer_later(connection, ref, Page(reading, more))
 
         self._log.read(

@@ -20,7 +20,7 @@ from chatserver.store.sessions import Sessions, TooManyReplays
 
 FAMILY_RATE = 1.0
 FAMILY_BURST = 60.0
-"""Rotations of one session: a client needs one in 15 minutes."""
+"""What may be asked for one session: a client needs one rotation in 15 minutes."""
 
 Answer = dict[str, object]
 
@@ -50,8 +50,7 @@ class TokenCounter:
 
     async def _refresh(self, token: str, salt: bytes) -> Answer | Refusal:
         try:
-            family = self._sessions.session_of(token, salt)
-            if self._families.spend(family, time.monotonic()):
+            if self._too_often(self._sessions.session_of(token, salt)):
                 return errors.TOO_MANY_ROTATIONS
             return (await self._sessions.rotate(token, salt))._asdict()
         except TokenRefused as refused:
@@ -59,13 +58,18 @@ class TokenCounter:
         except TooManyReplays:
             return errors.TOO_MANY_ROTATIONS
 
-    async def _revoke(self, token: str, salt: bytes) -> Answer:
+    async def _revoke(self, token: str, salt: bytes) -> Answer | Refusal:
         """End the session, on every worker before this returns. RFC 7009, section 2.2: a token
         that nobody knows is as good as revoked, and the answer is the same."""
         session = self._session_of(token, salt)
         if session is not None:
+            if self._too_often(session):
+                return errors.TOO_MANY_ROTATIONS
             await revoke(self._call, Kind.SESSION, session, reason="logout")
         return {}
+
+    def _too_often(self, session: str) -> bool:
+        return self._families.spend(session, time.monotonic()) > 0.0
 
     def _session_of(self, token: str, salt: bytes) -> str | None:
         try:

@@ -14,12 +14,14 @@ import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Self
 
 from jose import jwk, jwt
 from jose.backends.base import Key
 
 from chatserver.core.claims import ALGORITHM, TOKEN_TYPE, Identity, identify
 from chatserver.core.errors import ReplyCode, TokenRefused
+from chatserver.settings import Settings
 
 MIN_SECRET_BYTES = 32
 """RFC 7518, section 3.2: a key of HS256 is at least as long as its digest."""
@@ -65,6 +67,18 @@ class Keyring:
         self._issuer = issuer
         self._audience = audience
         self._token_bytes = token_bytes
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Under the settings' secrets, for tokens from and to whom they say."""
+        secret, previous = secrets_of(settings)
+        return cls(
+            secret,
+            previous=previous,
+            issuer=settings.issuer,
+            audience=settings.audience,
+            token_bytes=settings.token_bytes,
+        )
 
     def __repr__(self) -> str:
         return f"<Keyring kid={self._kid} verifies={list(self._keys)}>"
@@ -145,6 +159,16 @@ class Keyring:
         self, header: Mapping[str, object], claims: Mapping[str, object], *, now: float
     ) -> Identity:
         return identify(header, claims, now=now, issuer=self._issuer, audience=self._audience)
+
+
+def secrets_of(settings: Settings) -> tuple[bytes, bytes | None]:
+    """The secret and the one before it, as bytes: never parsed, whatever they look like."""
+    assert settings.secret is not None
+    previous = settings.secret_previous
+    return (
+        settings.secret.get_secret_value().encode(),
+        None if previous is None else previous.get_secret_value().encode(),
+    )
 
 
 def key_id(secret: bytes) -> str:

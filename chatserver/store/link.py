@@ -171,8 +171,10 @@ class Lane:
             # Someone flushed the scripts: a new connection loads them again.
             raise
         except ResponseError as error:  # OOM, READONLY, LOADING, MISCONF and their kind
-            # Behind it Redis names the script and its line, which say nothing to an operator.
-            return StoreRefused(str(error).partition(" script: ")[0])
+            # Behind it Redis names the script and its line, which say nothing to an operator;
+            # redis-py takes away the code before it, which does.
+            said = " ".join(filter(None, (error.status_code, str(error))))
+            return StoreRefused(said.partition(" script: ")[0])
 
     async def _lose(self, unanswered: list[_Request], error: Exception) -> None:
         reason = str(error) or type(error).__name__

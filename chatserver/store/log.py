@@ -5,13 +5,16 @@ All keys of a room share the hash tag ``{room}``: one slot on a cluster, one scr
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
-from chatserver.store.link import PUBLISH, READ, Argument, Lane, Reply
+from chatserver.store.link import PUBLISH, READ, Argument, Call, Lane, Reply
 
 EMPTY_ROOM_SECONDS = 300
 """A room that was joined and never written to is remembered so long after its last member."""
@@ -126,6 +129,40 @@ class RoomLog:
 
         keys = [f"chat:room:{{{room}}}:meta", f"chat:room:{{{room}}}:log"]
         self._reads.submit(READ.command(keys, arguments), parse)
+
+
+class RoomState(NamedTuple):
+    room: str
+    epoch: str
+    offset: int
+
+
+async def rooms(call: Call, after: int, limit: int) -> tuple[list[RoomState], str | None]:
+    """Some rooms, about ``limit``, and where to go on, None at the end.
+
+    In no order. A room that is there all the time is found once at least.
+    """
+    found: list[str] = []
+    while len(found) < limit:
+        match = "chat:room:{*}:meta"
+        cursor, keys = await call(["SCAN", after, "MATCH", match, "COUNT", limit])
+        after = int(cursor)
+        # What a client chose stands in other keys' names, which may look like this one.
+        names = [_META.fullmatch(key.decode(errors="replace")) for key in keys]
+        found += [name[1] for name in names if name]
+        if after == 0:
+            break
+    states = await asyncio.gather(  # one pipeline
+        *(call(["HMGET", f"chat:room:{{{room}}}:meta", "epoch", "offset"]) for room in found)
+    )
+    return [
+        RoomState(room, epoch.decode(), int(offset or 0))
+        for room, (epoch, offset) in zip(found, states, strict=True)
+        if epoch is not None
+    ], (str(after) if after else None)
+
+
+_META = re.compile(r"chat:room:\{([A-Za-z0-9._:@+-]+)\}:meta")
 
 
 def _reading(reply: Reply) -> Reading:

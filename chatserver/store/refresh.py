@@ -15,13 +15,14 @@ import hmac
 import re
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from chatserver.core.errors import ReplyCode, TokenRefused
-from chatserver.store.keyring import key_id
+from chatserver.settings import Settings
+from chatserver.store.keyring import key_id, secrets_of
 
 LABEL = b"chatserver refresh v1"
 
@@ -49,6 +50,10 @@ class RefreshTokens:
         self._kid = key_id(secret)
         self._salt = b""
         self._keys: dict[str, bytes] = {}
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(*secrets_of(settings))
 
     def __repr__(self) -> str:
         return f"<RefreshTokens kid={self._kid}>"

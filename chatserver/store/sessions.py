@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import orjson
 
@@ -18,6 +18,7 @@ from chatserver import telemetry
 from chatserver.core.claims import MAX_LIFETIME
 from chatserver.core.errors import ReplyCode, TokenRefused
 from chatserver.core.session import REFRESH_SECONDS, Denial, Family, Kind, rotate
+from chatserver.settings import Settings
 from chatserver.store import keys
 from chatserver.store.keyring import Keyring
 from chatserver.store.link import BEGIN, ENTITLE, ROTATE, Call, Reply
@@ -61,6 +62,16 @@ class Sessions:
         self._refresh_tokens = refresh_tokens
         self._access_seconds = access_seconds
         self._refresh_seconds = refresh_seconds
+
+    @classmethod
+    def of(cls, settings: Settings, call: Call) -> Self:
+        return cls(
+            call,
+            Keyring.of(settings),
+            RefreshTokens.of(settings),
+            access_seconds=settings.access_seconds,
+            refresh_seconds=settings.refresh_seconds,
+        )
 
     async def salt(self) -> bytes:
         """The store's part of the refresh keys. A worker's mirror knows it, too."""
