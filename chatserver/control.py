@@ -584,10 +584,9 @@ def _add_rooms(api: FastAPI, control: Control, frame_bytes: int) -> None:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Response:
         """All rooms, in no order. A page may have fewer, or a few more, than the limit."""
-        try:
-            found, following = await rooms_log.rooms(control.call, int(after), limit)
-        except OverflowError:
-            return _fault(400, "This is not a next of a page.", "$.after")
+        if int(after) >= 2**64:  # a cursor of SCAN, which the store would refuse
+            return _fault(400, "This is not the next of any page.", "$.after")
+        found, following = await rooms_log.rooms(control.call, int(after), limit)
         return _answer(200, {"rooms": [room._asdict() for room in found], "next": following})
 
 
