@@ -67,6 +67,8 @@ class Slot(NamedTuple):
     name: str
     listener: socket.socket
     command: Sequence[str]
+    vital: bool = True
+    """Without it there is no server, so the others end when it keeps dying."""
 
 
 OnReady = Callable[[Address], None]
@@ -92,7 +94,7 @@ def run(
         slots = [Slot("worker", listener, command) for listener in listeners]
         if settings.control_key is not None:
             control = sockets.enter_context(bind_control(settings))
-            slots.append(Slot("control", control, CONTROL))
+            slots.append(Slot("control", control, CONTROL, vital=False))
             settings = settings.model_copy(update={"control_port": control.getsockname()[1]})
             log.info("control_bound", host=settings.control_host, port=settings.control_port)
         store = None if settings.redis_url else EmbeddedStore(settings.data_dir)
@@ -318,7 +320,7 @@ class Supervisor:
     async def _serve(self, on_ready: Callable[[], None]) -> None:
         async with asyncio.TaskGroup() as tasks:
             for slot in range(len(self._slots)):
-                tasks.create_task(self._keep_worker(slot, on_ready))
+                tasks.create_task(self._keep(slot, on_ready))
             if self._store is not None:
                 tasks.create_task(self._keep_store(self._store))
 
@@ -339,8 +341,8 @@ class Supervisor:
             if _send(worker, signal.SIGKILL):
                 log.warning(f"{self._slots[slot].name}_killed", slot=slot, pid=worker.pid)
 
-    async def _keep_worker(self, slot: int, on_ready: Callable[[], None]) -> None:
-        """Have a worker in this slot until the supervisor stops."""
+    async def _keep(self, slot: int, on_ready: Callable[[], None]) -> None:
+        """Have a process in this slot until the supervisor stops."""
         restarts = Restarts()
         while not self._stopping.is_set():
             born = time.monotonic()
