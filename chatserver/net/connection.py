@@ -401,7 +401,7 @@ class Connection(asyncio.BufferedProtocol):
 
         A polite close would leave a peer that ignores it seconds in which to go on.
         """
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._severed:
             return
         if self.transport.get_write_buffer_size():
             # What waits there must not reach it, and nothing can overtake it.

@@ -287,7 +287,7 @@ class Hub:
             case Kind.TOKEN:
                 # Rare enough to look at all of them, 2 ms for 20,000.
                 found = list(self)
-        covered = [c for c in found if revocation.covers(c.chat.identity)]
+        covered = [c for c in found if not c.revoked and revocation.covers(c.chat.identity)]
         for connection in covered:
             connection.revoked = True
             connection.deafen()

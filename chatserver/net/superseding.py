@@ -9,6 +9,7 @@ long as it lasts.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
@@ -17,6 +18,8 @@ from chatserver.store.registry import Entry, Registry
 
 ANSWER_SECONDS = 0.1
 """A handshake waits so long for answers that are usually there in a millisecond."""
+
+_MILLISECONDS = re.compile(r"[0-9]{1,15}")
 
 
 class House(Protocol):
@@ -73,9 +76,9 @@ class Superseding:
                     said = f"silence {ticket} {self._worker} {silence * 1000:.0f}"
                     self._registry.say(said)
             case ["silence", ticket, answer]:
-                worker, _, silence_text = answer.partition(" ")
-                if silence_text.isdecimal():
-                    self._answer(ticket, worker, int(silence_text) / 1000)
+                worker, _, milliseconds = answer.partition(" ")
+                if _MILLISECONDS.fullmatch(milliseconds):
+                    self._answer(ticket, worker, int(milliseconds) / 1000)
             case ["supersede", worker, session] if worker == self._worker:
                 self._house.supersede(session)
             case _:

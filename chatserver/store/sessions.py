@@ -91,12 +91,14 @@ class Sessions:
         session = "s-" + secrets.token_urlsafe(16)
         self._check(session, user, roles, rooms)
         salt = await self.salt()
-        (begun_at,) = await self._call(
-            BEGIN.command(
-                [keys.family(session), keys.ended(user)],
-                [user, _json(list(roles)), _rooms_json(rooms), self._refresh_seconds],
-            )
+        command = BEGIN.command(
+            [keys.family(session), keys.ended(user)],
+            [user, _json(list(roles)), _rooms_json(rooms), self._refresh_seconds],
         )
+        begun_at, wait = await self._call(command)
+        while wait:
+            await asyncio.sleep(wait / 1000)
+            begun_at, wait = await self._call(command)
         family = Family(
             session=session,
             user=user,
@@ -120,18 +122,19 @@ class Sessions:
         """
         named = self._refresh_tokens.read(refresh_token, salt)
         family, now = await self.find(named.family)
-        if family is None:
-            raise TokenRefused(ReplyCode.TOKEN_INVALID)
-        cutoff = 0
+        cutoff = 0 if family is None else await self._cutoff(family.user)
         while True:
+            if family is None:
+                raise TokenRefused(ReplyCode.TOKEN_INVALID)
             match rotate(family, named.generation, cutoff=cutoff, now=now):
                 case Family() as following:
                     done, now, cutoff, family = await self._advance(family, following)
                     if done:
+                        assert family is not None
+                        # Rights may have changed since it was judged; the script saw the latest.
+                        following = following._replace(roles=family.roles, rooms=family.rooms)
                         successor = named._replace(generation=following.generation)
                         return self._tokens(following, successor, salt)
-                    if family is None:
-                        raise TokenRefused(ReplyCode.TOKEN_INVALID)
                 case Denial.REUSED:
                     log.warning("refresh token reused", session=family.session, user=family.user)
                     await store_revocation(
@@ -192,6 +195,10 @@ class Sessions:
             )
         )
         return _family(session, flat)
+
+    async def _cutoff(self, user: str) -> int:
+        """Families of the user that were begun up to then (seconds) have ended."""
+        return int(await self._call(["GET", keys.ended(user)]) or 0)
 
     async def _advance(
         self, family: Family, following: Family

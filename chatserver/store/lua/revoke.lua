@@ -14,9 +14,14 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local cutoff = 0
 if ARGV[1] == 'user' then
+  local before = tonumber(redis.call('GET', KEYS[3]) or '0')
   cutoff = tonumber(ARGV[5]) or tonumber(clock[1])
+  if ARGV[5] == '' and before >= cutoff then
+    -- Revoked in this second already: a login since then is a second ahead of the clock.
+    cutoff = cutoff + 1
+  end
   -- Never back: an older entry that is written back must not reopen what was closed since.
-  cutoff = math.max(cutoff, tonumber(redis.call('GET', KEYS[3]) or '0'))
+  cutoff = math.max(cutoff, before)
 end
 local text = string.format('%.0f', cutoff)
 local lasting = math.max(tonumber(ARGV[3]), redis.call('TTL', KEYS[1]))
