@@ -43,6 +43,14 @@ def valkey(_short_directory: Path) -> Iterator[Valkey]:
     store.stop()
 
 
+@pytest.fixture(scope="module")
+def module_valkey(_short_directory: Path) -> Iterator[Valkey]:
+    """A store that the tests of one module share, and nobody else."""
+    store = _started(_short_directory / unique("m"))
+    yield store
+    store.stop()
+
+
 @pytest.fixture
 def own_valkey(_short_directory: Path) -> Iterator[Valkey]:
     """A store to be frozen, killed and emptied."""

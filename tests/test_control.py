@@ -113,10 +113,11 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(
-    valkey: Valkey, issuer: Issuer, tmp_path_factory: pytest.TempPathFactory
+    module_valkey: Valkey, issuer: Issuer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
+    """Alone on its store: it tells of all workers there."""
     log = tmp_path_factory.mktemp("server") / "log"
-    started = Server(log, issuer, REDIS_URL=valkey.url, CONTROL_KEY=KEY, WORKERS=2)
+    started = Server(log, issuer, REDIS_URL=module_valkey.url, CONTROL_KEY=KEY, WORKERS=2)
     try:
         started.wait_for("ready")
         yield started

@@ -200,9 +200,11 @@ class Hub:
 
         return self.superseding.make_room(identity.session, others, made)
 
-    def silence(self, session: str) -> float | None:
+    def last_heard(self, session: str) -> int | None:
         quietest = self._quietest(session)
-        return None if quietest is None else time.monotonic() - quietest.received_at
+        if quietest is None:
+            return None
+        return int((time.time() - (time.monotonic() - quietest.received_at)) * 1_000_000)
 
     def supersede(self, session: str) -> None:
         quietest = self._quietest(session)

@@ -1,7 +1,7 @@
 """A full house: which connection of a session makes room for a new one, wherever it is.
 
-Each worker knows how long its own connections have been silent and nobody else does, so the one
-with the newcomer asks; the worker with the longest silence is told to end that connection. What
+Each worker knows when its own connections were last heard and nobody else does, so the one with
+the newcomer asks; the worker with the longest silence is told to end that connection. What
 pub/sub loses costs the answer of one worker, or leaves the user one connection too many for as
 long as it lasts.
 """
@@ -19,14 +19,17 @@ from chatserver.store.registry import Entry, Registry
 ANSWER_SECONDS = 0.1
 """A handshake waits so long for answers that are usually there in a millisecond."""
 
-_MILLISECONDS = re.compile(r"[0-9]{1,15}")
+_MICROSECONDS = re.compile(r"[0-9]{1,18}")
 
 
 class House(Protocol):
     """This worker's connections: the hub."""
 
-    def silence(self, session: str) -> float | None:
-        """Seconds for which the quietest of the session was silent; None if there is none."""
+    def last_heard(self, session: str) -> int | None:
+        """When the quietest of the session was heard, None if there is none.
+
+        In microseconds since the epoch, not as an age: an answer takes longer than a question.
+        """
 
     def supersede(self, session: str) -> None:
         """End that connection."""
@@ -38,7 +41,7 @@ class _Question:
     def __init__(self, session: str, workers: Iterable[str], done: Callable[[], None]) -> None:
         self.session = session
         self.unanswered = set(workers)
-        self.silences: dict[str, float] = {}
+        self.heard: dict[str, int] = {}
         self.done = done
 
 
@@ -61,36 +64,35 @@ class Superseding:
             return False
         ticket = secrets.token_hex(8)
         question = self._questions[ticket] = _Question(session, workers, done)
-        self._answer(ticket, self._worker, self._house.silence(session))
+        self._answer(ticket, self._worker, self._house.last_heard(session))
         if question.unanswered:
-            self._registry.say(f"silence? {ticket} {session}")
+            self._registry.say(f"heard? {ticket} {session}")
             asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._decide, ticket)
         return True
 
     def hear(self, payload: bytes) -> None:
         """What some worker said to all of them. Anything else is ignored."""
         match payload.decode(errors="replace").split(" ", 2):
-            case ["silence?", ticket, session] if ticket not in self._questions:
-                silence = self._house.silence(session)
-                if silence is not None:
-                    said = f"silence {ticket} {self._worker} {silence * 1000:.0f}"
-                    self._registry.say(said)
-            case ["silence", ticket, answer]:
-                worker, _, milliseconds = answer.partition(" ")
-                if _MILLISECONDS.fullmatch(milliseconds):
-                    self._answer(ticket, worker, int(milliseconds) / 1000)
+            case ["heard?", ticket, session] if ticket not in self._questions:
+                heard = self._house.last_heard(session)
+                if heard is not None:
+                    self._registry.say(f"heard {ticket} {self._worker} {heard}")
+            case ["heard", ticket, answer]:
+                worker, _, microseconds = answer.partition(" ")
+                if _MICROSECONDS.fullmatch(microseconds):
+                    self._answer(ticket, worker, int(microseconds))
             case ["supersede", worker, session] if worker == self._worker:
                 self._house.supersede(session)
             case _:
                 pass
 
-    def _answer(self, ticket: str, worker: str, silence: float | None) -> None:
+    def _answer(self, ticket: str, worker: str, heard: int | None) -> None:
         question = self._questions.get(ticket)
         if question is None or worker not in question.unanswered:
             return
         question.unanswered.discard(worker)
-        if silence is not None:
-            question.silences[worker] = silence
+        if heard is not None:
+            question.heard[worker] = heard
         if not question.unanswered:
             self._decide(ticket)
 
@@ -98,7 +100,7 @@ class Superseding:
         question = self._questions.pop(ticket, None)
         if question is None:
             return
-        worker = _longest(question.silences)
+        worker = _earliest(question.heard)
         if worker == self._worker:
             self._house.supersede(question.session)
         elif worker is not None:
@@ -106,5 +108,5 @@ class Superseding:
         question.done()
 
 
-def _longest(silences: Mapping[str, float]) -> str | None:
-    return max(silences, key=lambda worker: silences[worker], default=None)
+def _earliest(heard: Mapping[str, int]) -> str | None:
+    return min(heard, key=lambda worker: heard[worker], default=None)
