@@ -27,6 +27,7 @@ from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatserver import telemetry
@@ -71,13 +72,12 @@ async def _serve(settings: Settings, sock: socket.socket, ready: Callable[[], No
     )
     sessions = Sessions.of(settings, commands.call)
     app = build(settings, Control(commands.call, sessions, room_log))
-    running = [asyncio.create_task(lane.run()) for lane in (commands, reads)]
-    try:
+    # A lane that fails ends the process, which is then started anew: its callers would wait for ever.
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(lane.run()) for lane in (commands, reads)]
         await _Server(settings, app, ready).serve(sockets=[sock])
-    finally:
         for task in running:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
     return 0
 
 
@@ -355,14 +355,23 @@ def _fault(
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI page: how a route can fail."""
+    return _faults(*statuses, 401, 413, 503)
+
+
+def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
-        status: {"model": Error, "description": _MESSAGES[status]}
-        for status in (*statuses, 401, 413, 503)
+        status: {"model": Error, "description": _MESSAGES[status]} for status in statuses
     }
 
 
+_WITH_BODY = ("POST", "PATCH")
+
+
 class _Door:
-    """Outside of everything: the key, and a body that is bounded and strict JSON."""
+    """Outside of everything: the key, and a body that is bounded and strict JSON.
+
+    Where a request has no meaning for a body, it is read and not looked at.
+    """
 
     def __init__(self, app: ASGIApp, key: bytes) -> None:
         self._app = app
@@ -372,6 +381,14 @@ class _Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def unkept(message: Message) -> None:
+            """FastAPI's own pages are not to be kept, either."""
+            if message["type"] == "http.response.start":
+                rest = [pair for pair in message["headers"] if pair[0] != b"cache-control"]
+                message["headers"] = [*rest, (b"cache-control", b"no-store")]
+            await send(message)
+
         refusal, body = await self._admit(scope, receive)
         if refusal is not None:
             await refusal(scope, receive, send)
@@ -388,7 +405,7 @@ class _Door:
         # Whatever a client calls it, it is JSON: curl -d says it was a form.
         headers = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
         headers.append((b"content-type", b"application/json"))
-        await self._app({**scope, "headers": headers}, again, send)
+        await self._app({**scope, "headers": headers}, again, unkept)
 
     async def _admit(self, scope: Scope, receive: Receive) -> tuple[Response | None, bytes]:
         if scope["path"].startswith("/v1") and not self._knows_key(scope):
@@ -403,7 +420,7 @@ class _Door:
                 return _fault(413, Connection="close"), b""
             if not message.get("more_body"):
                 break
-        if body:
+        if body and scope["method"] in _WITH_BODY:
             try:
                 orjson.loads(body)
             except orjson.JSONDecodeError:
@@ -430,6 +447,7 @@ def build(settings: Settings, control: Control) -> ASGIApp:
         "epoch. Every error has one shape: {error: {code, message, path?}}.",
         version="1",
         redoc_url=None,
+        redirect_slashes=False,
         dependencies=[Security(HTTPBearer(auto_error=False, description="CHATSERVER_CONTROL_KEY"))],
     )
     _add_sessions(api, control)
@@ -601,12 +619,17 @@ def _add_health(api: FastAPI, control: Control) -> None:
         ]
         return _answer(200, {"workers": found})
 
-    @api.get("/healthz", response_model=Health, response_model_exclude_none=True)
+    @api.get(
+        "/healthz",
+        response_model=Health,
+        response_model_exclude_none=True,
+        responses=_faults(413),
+    )
     async def healthz() -> Response:
         """This process answers."""
         return _answer(200, {"status": "ok"})
 
-    @api.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+    @api.get("/readyz", response_model=Health, responses=_faults(413) | {503: {"model": Health}})
     async def readyz() -> Response:
         """The store answers, too."""
         try:
@@ -617,15 +640,23 @@ def _add_health(api: FastAPI, control: Control) -> None:
 
 
 def _add_faults(api: FastAPI) -> None:
-    async def http_fault(_: Request, error: Exception) -> Response:
+    async def http_fault(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        allow = (error.headers or {}).get("Allow")
-        return _fault(error.status_code, **({"Allow": allow} if allow else {}))
+        match error.status_code:
+            case 405:
+                return _fault(405, Allow=", ".join(_methods(api, request.scope)))
+            case 400:  # FastAPI could not parse the body at all.
+                return _fault(400, path="$")
+            case status:
+                return _fault(status)
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        path = "$" + "".join(f".{part}" for part in first["loc"][1:])
+        place = first["loc"][1:]
+        if place[:1] == ("body",):  # Behind it pydantic names its own types, level by level.
+            place = place[:1]
+        path = "$" + "".join(f".{part}" for part in place)
         return _fault(400, f"{path}: {first['msg']}.", path)
 
     async def unavailable(_: Request, error: Exception) -> Response:
@@ -638,6 +669,15 @@ def _add_faults(api: FastAPI) -> None:
     api.add_exception_handler(RequestValidationError, invalid)
     api.add_exception_handler(StoreUnavailable, unavailable)
     api.add_exception_handler(Exception, failed)
+
+
+def _methods(api: FastAPI, scope: Scope) -> list[str]:
+    """Of all routes of a path: Starlette tells those of the first."""
+    found: set[str] = set()
+    for route in api.router.routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found)
 
 
 def _document(api: FastAPI) -> None:

@@ -68,7 +68,8 @@ class Slot(NamedTuple):
     listener: socket.socket
     command: Sequence[str]
     vital: bool = True
-    """Without it there is no server, so the others end when it keeps dying."""
+    """Without it there is no server: the others end when it keeps dying. What is not vital is
+    tried again for as long as they run."""
 
 
 OnReady = Callable[[Address], None]
@@ -127,9 +128,15 @@ def _control_problems(settings: Settings) -> list[str]:
     ]
     if settings.secret is not None and key == settings.secret.get_secret_value():
         reasons.append("CHATSERVER_CONTROL_KEY is CHATSERVER_SECRET: it needs one of its own.")
-    if settings.port and settings.port == settings.control_port:
+    if settings.port and settings.port == settings.control_port and _overlap(settings):
         reasons.append("CHATSERVER_PORT and CHATSERVER_CONTROL_PORT are the same: change one.")
     return reasons
+
+
+def _overlap(settings: Settings) -> bool:
+    """Whether one port cannot be had for both. What only a resolver knows is left to ``bind``."""
+    hosts = {settings.host, settings.control_host}
+    return len(hosts) == 1 or bool(hosts & {"0.0.0.0", "::", ""})
 
 
 def _tls_problems(certfile: str, keyfile: str) -> list[str]:
@@ -361,7 +368,9 @@ class Supervisor:
                 restart_in=delay,
             )
             final = status in (EXIT_STORE, EXIT_CONFIGURATION)
-            if delay is None or (final and not self._started):
+            if self._started and not self._slots[slot].vital:
+                await self._pause(delay or Restarts.LONGEST_DELAY)
+            elif delay is None or (final and not self._started):
                 self._stop(status if final else EXIT_INTERNAL)
             else:
                 await self._pause(delay)

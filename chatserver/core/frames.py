@@ -95,6 +95,9 @@ class History(Command, frozen=True, kw_only=True, gc=False):
 class Refresh(Command, frozen=True, kw_only=True, gc=False):
     token: str
 
+    def __repr__(self) -> str:
+        return f"<Refresh id={self.id!r}>"
+
 
 class Logout(Command, frozen=True, kw_only=True, gc=False):
     pass

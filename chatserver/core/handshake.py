@@ -44,6 +44,9 @@ class Request(NamedTuple):
     """Address of the socket's other end."""
     tls: bool
 
+    def __repr__(self) -> str:
+        return f"<Request {self.method} peer={self.peer!r}>"
+
     def all(self, name: str) -> list[str]:
         return [value for key, value in self.headers if key.lower() == name]
 
@@ -82,6 +85,9 @@ class Attempt(NamedTuple):
     upgrade: bool
     subprotocol: str | None
 
+    def __repr__(self) -> str:
+        return f"<Attempt address={self.address!r} origin={self.origin!r}>"
+
 
 class TokenRoute(StrEnum):
     """What can be done with a token over HTTP: protocol.md, section 6."""
@@ -97,6 +103,9 @@ class Deposit(NamedTuple):
     token: str
     address: str
     origin: str | None
+
+    def __repr__(self) -> str:
+        return f"<Deposit route={self.route} address={self.address!r} origin={self.origin!r}>"
 
 
 class Refused(NamedTuple):

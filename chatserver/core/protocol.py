@@ -103,6 +103,9 @@ class Verify(NamedTuple):
     ref: int
     token: str
 
+    def __repr__(self) -> str:
+        return f"<Verify ref={self.ref}>"
+
 
 class EndSession(NamedTuple):
     """Revoke this session everywhere; the outcome is Ended or Failed."""

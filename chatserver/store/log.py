@@ -23,6 +23,10 @@ READ_EVENTS = 256
 READ_BYTES = 65_536
 """One read's bounds; whoever wants more reads on. 64 of them in a pipeline stay under 4 MiB."""
 
+SCANS = 50
+SCAN_KEYS = 500
+"""A page of rooms looks at so many keys at most. Most keys of a busy store are no rooms."""
+
 _CHANNEL = "chat:room:{%s}:live"
 _PREFIX, _SUFFIX = _CHANNEL.split("%s")
 
@@ -138,14 +142,16 @@ class RoomState(NamedTuple):
 
 
 async def rooms(call: Call, after: int, limit: int) -> tuple[list[RoomState], str | None]:
-    """Some rooms, about ``limit``, and where to go on, None at the end.
+    """Some rooms, about ``limit`` or fewer, and where to go on, None at the end.
 
     In no order. A room that is there all the time is found once at least.
     """
     found: list[str] = []
-    while len(found) < limit:
+    for scan in range(SCANS):
+        if len(found) >= limit:
+            break
         match = "chat:room:{*}:meta"
-        cursor, keys = await call(["SCAN", after, "MATCH", match, "COUNT", limit])
+        cursor, keys = await call(["SCAN", after, "MATCH", match, "COUNT", count])
         after = int(cursor)
         # What a client chose stands in other keys' names, which may look like this one.
         names = [_META.fullmatch(key.decode(errors="replace")) for key in keys]
