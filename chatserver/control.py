@@ -72,7 +72,7 @@ async def _serve(settings: Settings, sock: socket.socket, ready: Callable[[], No
     )
     sessions = Sessions.of(settings, commands.call)
     app = build(settings, Control(commands.call, sessions, room_log))
-    # A lane that fails ends the process, which is then started anew: its callers would wait for ever.
+    # A lane that fails ends the process, which is started anew: its callers would wait for ever.
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(lane.run()) for lane in (commands, reads)]
         await _Server(settings, app, ready).serve(sockets=[sock])
@@ -359,9 +359,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {
-        status: {"model": Error, "description": _MESSAGES[status]} for status in statuses
-    }
+    return {status: {"model": Error, "description": _MESSAGES[status]} for status in statuses}
 
 
 _WITH_BODY = ("POST", "PATCH")
@@ -601,7 +599,7 @@ def _add_rooms(api: FastAPI, control: Control, frame_bytes: int) -> None:
         ] = "0",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Response:
-        """All rooms, in no order. A page may have fewer, or a few more, than the limit."""
+        """All rooms, in no order. A page may have more than the limit, or fewer, even none."""
         if int(after) >= 2**64:  # a cursor of SCAN, which the store would refuse
             return _fault(400, "This is not the next of any page.", "$.after")
         found, following = await rooms_log.rooms(control.call, int(after), limit)

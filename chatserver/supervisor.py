@@ -360,6 +360,8 @@ class Supervisor:
                 return
             now = time.monotonic()
             delay = restarts.died(now, lived=now - born, was_ready=was_ready)
+            if delay is None and self._started and not self._slots[slot].vital:
+                delay = Restarts.LONGEST_DELAY
             log.error(
                 f"{self._slots[slot].name}_died",
                 slot=slot,
@@ -368,9 +370,7 @@ class Supervisor:
                 restart_in=delay,
             )
             final = status in (EXIT_STORE, EXIT_CONFIGURATION)
-            if self._started and not self._slots[slot].vital:
-                await self._pause(delay or Restarts.LONGEST_DELAY)
-            elif delay is None or (final and not self._started):
+            if delay is None or (final and not self._started):
                 self._stop(status if final else EXIT_INTERNAL)
             else:
                 await self._pause(delay)

@@ -36,6 +36,8 @@ supervisor.Restarts.LONGEST_DELAY = 0.02
 if "IMPATIENT" in os.environ:
     supervisor.READY_SECONDS = 2.0
     supervisor.EXIT_SECONDS = supervisor.KILL_SECONDS = 0.1
+if "CONTROL_ORDERS" in os.environ:
+    supervisor.CONTROL = [sys.executable, sys.argv[1], os.environ["CONTROL_ORDERS"]]
 ready = lambda address: print("ready", address.port, flush=True)
 try:
     sys.exit(supervisor.run(load(env_file=None), ready, [sys.executable, *sys.argv[1:]]))
@@ -157,7 +159,12 @@ class Host:
 
 class StartHost(Protocol):
     def __call__(
-        self, order: str = "serve", *, impatient: bool = False, **settings: object
+        self,
+        order: str = "serve",
+        *,
+        control: str = "",
+        impatient: bool = False,
+        **settings: object,
     ) -> Host: ...
 
 
@@ -165,7 +172,9 @@ class StartHost(Protocol):
 def start_host(tmp_path: Path) -> Iterator[StartHost]:
     with ExitStack() as running:
 
-        def start(order: str = "serve", *, impatient: bool = False, **settings: object) -> Host:
+        def start(
+            order: str = "serve", *, control: str = "", impatient: bool = False, **settings: object
+        ) -> Host:
             given: dict[str, object] = {
                 "secret": secrets.token_hex(32),
                 "redis_url": "redis://127.0.0.1:1",
@@ -176,6 +185,14 @@ def start_host(tmp_path: Path) -> Iterator[StartHost]:
             environment = {f"CHATSERVER_{k.upper()}": str(v) for k, v in given.items()}
             if impatient:
                 environment["IMPATIENT"] = "1"
+            if control:
+                path = tmp_path / "control-orders"
+                path.write_text(control)
+                environment |= {
+                    "CONTROL_ORDERS": str(path),
+                    "CHATSERVER_CONTROL_KEY": secrets.token_urlsafe(48),
+                    "CHATSERVER_CONTROL_PORT": "0",
+                }
             host = Host(tmp_path, order, environment)
             running.enter_context(closing(host))
             return host

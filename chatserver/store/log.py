@@ -24,8 +24,8 @@ READ_BYTES = 65_536
 """One read's bounds; whoever wants more reads on. 64 of them in a pipeline stay under 4 MiB."""
 
 SCANS = 50
-SCAN_KEYS = 500
-"""A page of rooms looks at so many keys at most. Most keys of a busy store are no rooms."""
+SCAN_KEYS = 1000
+"""A page of rooms takes so many scans of so many keys at most: most keys of a store are no rooms."""
 
 _CHANNEL = "chat:room:{%s}:live"
 _PREFIX, _SUFFIX = _CHANNEL.split("%s")
@@ -147,16 +147,15 @@ async def rooms(call: Call, after: int, limit: int) -> tuple[list[RoomState], st
     In no order. A room that is there all the time is found once at least.
     """
     found: list[str] = []
-    for scan in range(SCANS):
-        if len(found) >= limit:
-            break
+    count = limit
+    for _ in range(SCANS):
         match = "chat:room:{*}:meta"
         cursor, keys = await call(["SCAN", after, "MATCH", match, "COUNT", count])
-        after = int(cursor)
+        after, count = int(cursor), min(2 * count, SCAN_KEYS)
         # What a client chose stands in other keys' names, which may look like this one.
         names = [_META.fullmatch(key.decode(errors="replace")) for key in keys]
         found += [name[1] for name in names if name]
-        if after == 0:
+        if after == 0 or len(found) >= limit:
             break
     states = await asyncio.gather(  # one pipeline
         *(call(["HMGET", f"chat:room:{{{room}}}:meta", "epoch", "offset"]) for room in found)
