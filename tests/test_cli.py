@@ -836,6 +836,15 @@ def test_the_banner_names_the_url_wherever_it_is_not_the_usual_one(
     assert "\n    chatserver token issue --user alice --role member\n" in text
 
 
+def test_the_banner_names_the_control_api_where_there_is_one() -> None:
+    address = supervisor.Address("", 8000)
+
+    assert "The control API: http://127.0.0.1:8001/docs\n" in cli.banner(
+        load(control_key="k" * 40), address
+    )
+    assert "control" not in cli.banner(load(), address)
+
+
 def test_the_banner_repeats_what_the_other_terminal_must_know(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

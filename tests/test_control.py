@@ -7,14 +7,22 @@ import json
 import os
 import secrets
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from tests.support.client import Client, refused
 from tests.support.tokens import Issuer, unique
@@ -173,10 +181,11 @@ def test_two_keys_are_none(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/openapi.json", "/docs"])
 def test_health_and_the_description_need_no_key(server: Server, path: str) -> None:
-    reply = server.ask("GET", path, key=None)
+    reply = server.ask("GET", path, b"{", key=None)  # a body that nobody asked for
 
     assert reply.status == 200
-    assert "server" not in reply.headers
+    assert reply.headers["cache-control"] == "no-store"
+    assert not {"server", "date"} & reply.headers.keys()
 
 
 # --- sessions --------------------------------------------------------------------------------
@@ -342,6 +351,8 @@ def test_every_room_is_found_page_by_page(server: Server) -> None:
 # --- what is wrong ---------------------------------------------------------------------------
 
 LONG = "x" * 129
+DEEP = {levels: b"[" * levels + b"]" * levels for levels in (300, 1020)}
+"""Beyond what pydantic takes, and beyond what Python's parser does."""
 
 
 @pytest.mark.parametrize(
@@ -365,7 +376,11 @@ LONG = "x" * 129
         ("POST", "/v1/revocations", {}, "$"),
         ("POST", "/v1/revocations", {"user": "a", "session": "b"}, "$"),
         ("POST", "/v1/revocations", {"session": ""}, "$.session"),
+        ("POST", "/v1/tokens", b'{"user":"a","x":' + b"9" * 5000 + b"}", "$"),
         ("POST", "/v1/rooms/r/messages", {"user": "a"}, "$.body"),
+        ("POST", "/v1/rooms/r/messages", b'{"user":"a","body":1e400}', "$"),
+        ("POST", "/v1/rooms/r/messages", b'{"user":"a","body":%b}' % DEEP[300], "$.body"),
+        ("POST", "/v1/rooms/r/messages", b'{"user":"a","body":%b}' % DEEP[1020], "$"),
         ("POST", "/v1/rooms/r/messages", {"user": "a", "body": 1, "key": ""}, "$.key"),
         ("POST", "/v1/rooms/r%20x/messages", {"user": "a", "body": 1}, "$.room"),
         ("GET", "/v1/rooms/%7Br%7D/messages", None, "$.room"),
@@ -402,12 +417,76 @@ def test_a_body_too_deep_or_too_large_is_refused(server: Server) -> None:
 
 
 def test_other_paths_and_methods_have_the_same_shape(server: Server) -> None:
-    missing = server.ask("GET", "/v1/nothing")
-    method = server.ask("PUT", "/v1/rooms")
+    missing = [server.ask("GET", path) for path in ("/v1/nothing", "/v1/workers/", "/redoc")]
+    allowed = {
+        "/v1/rooms": "GET",
+        "/v1/rooms/r/messages": "GET, POST",
+        "/v1/sessions/s": "DELETE, PATCH",
+    }
+    refused = {path: server.ask("PUT", path) for path in allowed}
 
-    assert (missing.status, missing.code) == (404, "not_found")
-    assert (method.status, method.code) == (405, "method_not_allowed")
-    assert method.headers["allow"] == "GET"
+    assert {(reply.status, reply.code) for reply in missing} == {(404, "not_found")}
+    assert {(reply.status, reply.code) for reply in refused.values()} == {
+        (405, "method_not_allowed")
+    }
+    assert {path: reply.headers["allow"] for path, reply in refused.items()} == allowed
+
+
+def test_a_body_without_a_length_is_bounded(server: Server) -> None:
+    head = (
+        f"POST /v1/tokens HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n"
+    )
+    chunk = b"10000\r\n" + b"x" * 65_536 + b"\r\n"
+    with socket.create_connection(("127.0.0.1", server.control_port), PATIENCE) as link:
+        link.sendall(head.encode() + 16 * chunk + b"1\r\nx\r\n")
+        answer = link.recv(1000)
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_under_the_servers_certificate_when_it_is_not_only_for_this_machine(
+    valkey: Valkey, issuer: Issuer, tmp_path: Path
+) -> None:
+    certificate = _certificate(tmp_path)
+    server = Server(
+        tmp_path / "log",
+        issuer,
+        REDIS_URL=valkey.url,
+        CONTROL_KEY=KEY,
+        CONTROL_HOST="0.0.0.0",
+        TLS_CERTFILE=certificate,
+        TLS_KEYFILE=certificate,
+    )
+    try:
+        server.wait_for("ready")
+        trusting = ssl.create_default_context(cafile=certificate)
+        link = http.client.HTTPSConnection("localhost", server.control_port, context=trusting)
+        link.request("GET", "/healthz")
+        status = link.getresponse().status
+        link.close()
+    finally:
+        server.stop()
+
+    assert status == 200
+
+
+def _certificate(directory: Path) -> Path:
+    """A file with a key and a certificate of it, for localhost."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, SHA256())
+    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path = directory / "certificate.pem"
+    path.write_bytes(secret + certificate.public_bytes(Encoding.PEM))
+    return path
 
 
 def test_what_is_described_is_what_is_done(server: Server, tmp_path: Path) -> None:

@@ -321,6 +321,37 @@ def test_workers_that_keep_dying_end_it_all(start_host: StartHost) -> None:
     assert len(host.lives()) == 10
 
 
+def test_a_control_process_that_keeps_dying_leaves_the_workers_alone(
+    start_host: StartHost,
+) -> None:
+    """Ten deaths within a minute end the server when they are a worker's."""
+    host = start_host(control="crash")
+    port = host.wait_ready()
+    door = host.events("control_bound")[0]["port"]
+
+    def poke() -> bool:
+        with suppress(OSError, ValueError):
+            host.ask(door)
+        return len(host.events("control_died")) > 12
+
+    eventually(poke)
+    pid, _, _ = host.ask(port)
+    host.signal(signal.SIGTERM)
+
+    assert host.exit_code() == 0
+    assert host.events("worker_died") == []
+    assert host.events("worker_ready")[0]["pid"] == pid
+    assert all(event["restart_in"] > 0 for event in host.events("control_died"))
+
+
+def test_nothing_is_ready_without_the_control_process(start_host: StartHost) -> None:
+    host = start_host(control="exit 1")
+
+    assert host.exit_code() == 70
+    assert host.process.stdout is not None
+    assert host.process.stdout.read() == ""
+
+
 @pytest.mark.parametrize("code", [69, 78])
 def test_a_worker_that_says_why_it_cannot_start_is_not_tried_again(
     start_host: StartHost, code: int
@@ -416,6 +447,62 @@ def test_a_weak_secret_is_refused_and_not_repeated(name: str, secret: str) -> No
     assert reasons
     assert all(reason.startswith(f"CHATSERVER_{name.upper()} is not fit") for reason in reasons)
     assert secret not in "\n".join(reasons)
+
+
+KEY = secrets.token_urlsafe(48)
+
+
+@pytest.mark.parametrize(
+    ("host", "control_host", "refused"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("127.0.0.1", "::", True),
+        ("192.0.2.1", "127.0.0.1", False),
+    ],
+)
+def test_one_port_is_refused_where_it_cannot_be_had_twice(
+    host: str, control_host: str, refused: bool
+) -> None:
+    settings = load(
+        env_file=None,
+        host=host,
+        port=9000,
+        control_host=control_host,
+        control_port=9000,
+        control_key=KEY,
+    )
+
+    assert any("are the same" in reason for reason in refusals(settings)) is refused
+    assert refusals(settings.model_copy(update={"control_key": None})) == []
+
+
+@pytest.mark.parametrize(
+    ("control_host", "tls", "refused"),
+    [
+        ("127.0.0.1", False, False),
+        ("::1", False, False),
+        ("localhost", False, False),
+        ("0.0.0.0", False, True),
+        ("chat.example", False, True),
+        ("0.0.0.0", True, False),
+    ],
+)
+def test_in_production_the_control_api_is_on_this_machine_or_under_tls(
+    control_host: str, tls: bool, refused: bool
+) -> None:
+    settings = load(
+        env_file=None,
+        environment="production",
+        control_host=control_host,
+        control_key=KEY,
+        tls_certfile="cert.pem" if tls else None,
+        tls_keyfile="key.pem" if tls else None,
+    )
+
+    reasons = settings.problems()
+
+    assert any("CHATSERVER_CONTROL_HOST" in reason for reason in reasons) is refused
 
 
 def test_tls_files_that_are_missing_or_nonsense_are_refused(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def only_line(stream: io.StringIO) -> dict[str, Any]:
     return parsed
 
 
+def test_the_key_of_the_control_api_is_not_shown(stream: io.StringIO) -> None:
+    telemetry.logger("x").info("e", control_key="k" * 40, about={"control_key": "k" * 40})
+
+    assert "kkk" not in stream.getvalue()
+
+
 def test_an_event_is_one_json_object_on_one_line(stream: io.StringIO) -> None:
     telemetry.logger("hub").info("joined", room="general", text="two\nlines", members=3)
 

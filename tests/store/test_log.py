@@ -13,7 +13,8 @@ from chatserver.core.errors import StoreUnavailable
 from chatserver.core.frames import message_parts
 from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
-from chatserver.store.link import Store
+from chatserver.store import log
+from chatserver.store.link import Argument, Reply, Store
 from chatserver.store.log import EMPTY_ROOM_SECONDS, RoomLog, channel, parse_live, room_of
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
@@ -93,6 +94,23 @@ async def own_rooms(own_valkey: Valkey) -> AsyncIterator[Rooms]:
 
 def offsets(reading: Reading) -> list[int]:
     return [event.offset for event in reading.events]
+
+
+# --- rooms ---------------------------------------------------------------------------------
+
+
+async def test_a_page_of_rooms_looks_at_so_many_keys_and_no_more() -> None:
+    asked: list[list[Argument]] = []
+
+    async def no_rooms(command: list[Argument]) -> Reply:
+        asked.append(command)
+        return [b"7", [b"chat:room:{r}:log"]]
+
+    page = await log.rooms(no_rooms, 0, 1)
+
+    assert page == ([], "7")
+    assert len(asked) == log.SCANS
+    assert max(int(command[-1]) for command in asked) == log.SCAN_KEYS
 
 
 # --- publish -------------------------------------------------------------------------------
