@@ -25,7 +25,7 @@ READ_BYTES = 65_536
 
 SCANS = 50
 SCAN_KEYS = 1000
-"""A page of rooms takes so many scans of so many keys at most: most keys of a store are no rooms."""
+"""A page of rooms takes so many scans of so many keys at most. Most keys are no room's."""
 
 _CHANNEL = "chat:room:{%s}:live"
 _PREFIX, _SUFFIX = _CHANNEL.split("%s")
