@@ -68,7 +68,8 @@ class Worker:
         assert settings.redis_url is not None
         keyring = Keyring.of(settings)
         store = Store(settings.redis_url.get_secret_value())
-        publishes, reads = store.lane(), store.lane(batch=64)
+        replicas = 1 if settings.durability == "replica" else 0
+        publishes, reads = store.lane(replicas=replicas), store.lane(batch=64)
         # Of its own, so that no storm of handshakes delays a revocation.
         polls, sessions_lane = store.lane(), store.lane()
         worker = "w-" + secrets.token_hex(6)

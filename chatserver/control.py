@@ -152,7 +152,7 @@ class Control:
             onwards=limit,
             backwards=limit,
             size=PAGE_BYTES,
-            from_oldest=after is not None,
+            nearest=after is not None,
         )
         reading = await future
         return reading, has_more(reading, onwards=after is not None)

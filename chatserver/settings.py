@@ -247,6 +247,11 @@ class Settings(BaseSettings):
     history_seconds: Count = Field(604_800, description="how long a room's events are kept")
     replay: Count = Field(1000, description="events replayed at most to a client that was away")
     key_window: Count = Field(600, description="how long a message's key is remembered, in seconds")
+    durability: Annotated[Literal["primary", "replica"], BeforeValidator(_lower)] = Field(
+        "primary",
+        description="what an `ack` promises: `primary`, the store has the message; `replica`, a "
+        "replica of it has, too",
+    )
     token_bytes: int = Field(
         4096, ge=512, le=8000, description="longest access token that is read, in bytes"
     )
@@ -262,6 +267,11 @@ class Settings(BaseSettings):
     def _agrees_with_itself(self) -> Settings:
         if (self.tls_certfile is None) != (self.tls_keyfile is None):
             raise ValueError("CHATSERVER_TLS_CERTFILE and CHATSERVER_TLS_KEYFILE go together.")
+        if self.durability == "replica" and self.redis_url is None:
+            raise ValueError(
+                "CHATSERVER_DURABILITY=replica needs a Redis or Valkey with a replica: set "
+                "CHATSERVER_REDIS_URL."
+            )
         return self
 
     @property

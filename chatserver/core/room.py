@@ -68,7 +68,24 @@ class Reading(NamedTuple):
     """Offset of the latest event; 0 before the first."""
     first: int
     """Offset of the oldest event that is retained; ``top + 1`` when there is none."""
+    shared: int
+    """Up to here the epoch that was asked for tells of this log: ``top`` when it is the log's own
+    or none was named, less when the store's history forked since, -1 when it is unknown."""
     events: list[Event]
+
+    def continues(self, offset: int) -> bool:
+        """Whether this log goes on, without a hole, from a position of the epoch asked for."""
+        return self.first - 1 <= offset <= self.shared
+
+    def nearest(self, offset: int) -> int:
+        """Where somebody from a position of the epoch asked for goes on in this log."""
+        if self.shared < 0:
+            return self.start()
+        return max(min(offset, self.shared), self.first - 1)
+
+    def start(self) -> int:
+        """The position before its events."""
+        return self.events[0].offset - 1 if self.events else self.top
 
 
 class Recovery(NamedTuple):
@@ -93,10 +110,10 @@ def recover(reading: Reading, *, since: Since | None, last: int | None, replay: 
     top, oldest = reading.top, reading.first - 1
     if since is None:
         return Recovery(max(top - (last or 0), oldest), None, None)
-    same = since.epoch == reading.epoch
-    if same and oldest <= since.offset <= top and top - since.offset <= replay:
+    if reading.continues(since.offset) and top - since.offset <= replay:
         return Recovery(since.offset, True, None)
     start = max(top - (50 if last is None else last), oldest)
+    same = since.epoch == reading.epoch
     gap = (since.offset + 1, start) if same and since.offset < start else None
     return Recovery(start, False, gap)
 
@@ -105,11 +122,12 @@ HELD_EVENTS = 1024
 
 
 class Step(NamedTuple):
-    """What a feed wants done: the events to deliver now, perhaps after a reset."""
+    """What a feed wants done: the events to deliver now."""
 
     events: list[Event]
-    reset: bool = False
-    """The old positions are void: members continue at the feed's position before the events."""
+    moved: bool = False
+    """The epoch is another one, or the log does not go on where the feed was: what that means to
+    a member depends on the member's own position."""
 
 
 _NOTHING = Step([])
@@ -137,7 +155,7 @@ class Feed:
         """The first reading after the subscription was confirmed gives the place to begin."""
         assert self.offset is None
         self.epoch, self.offset = reading.epoch, reading.top
-        return self._release([], reset=False)
+        return self._release([])
 
     def receive_live(self, event: Event) -> Step:
         if self.offset is None or self.behind:
@@ -159,25 +177,25 @@ class Feed:
         self.behind = True
 
     def receive_reading(self, reading: Reading) -> Step:
-        """The answer to a read after ``offset`` under ``epoch``.
+        """The answer to a read after ``offset`` under ``epoch``, or from the place nearest to it.
 
-        When the epoch differs or the log does not reach back, ``reading.events`` are the latest
-        ones; otherwise the ones right after ``offset``.
+        Of an unknown epoch ``reading.events`` are the log's latest.
         """
         assert self.offset is not None
         self.behind = False
-        joins = reading.epoch == self.epoch and reading.first - 1 <= self.offset <= reading.top
+        joins = reading.continues(self.offset)
+        moved = not joins or reading.epoch != self.epoch
+        self.epoch = reading.epoch
         if not joins:
-            self.epoch = reading.epoch
-            self.offset = reading.events[0].offset - 1 if reading.events else reading.top
+            self.offset = reading.start()
         events = [event for event in reading.events if event.offset > self.offset]
         if events:
             self.offset = events[-1].offset
         # A reading is bounded: there may be more of the log before what was held meanwhile.
         self.behind = self.offset < reading.top
-        return self._release(events, reset=not joins)
+        return self._release(events)._replace(moved=moved)
 
-    def _release(self, events: list[Event], *, reset: bool) -> Step:
+    def _release(self, events: list[Event]) -> Step:
         held, self._held = self._held, []
         self.behind = self.behind or self._again
         self._again = False
@@ -188,7 +206,7 @@ class Feed:
                 # Of an epoch that has ended, or of one begun after this reading: the next tells.
                 # Held any longer, the former would ask for a reading for ever.
                 self.behind = True
-        return Step(events, reset)
+        return Step(events)
 
     def _hold(self, event: Event) -> None:
         # Beyond the bound the log is asked again: it has what is not kept here.

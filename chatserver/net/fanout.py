@@ -33,6 +33,8 @@ from chatserver.store.log import RoomLog, channel, parse_live, room_of
 WRITES_PER_ITERATION = 2000
 """Sockets written to before the loop may do something else: some 12 ms of kernel time."""
 RECENT_BYTES = 262_144
+RECENT_TOTAL = 67_108_864
+"""Recent events of one room, and of all: the rooms go first that were silent longest."""
 CHECK_SECONDS = 30.0
 """How often each room's position is compared with its log: pub/sub may lose the last message."""
 CONFIRM_SECONDS = 0.4
@@ -107,18 +109,6 @@ class Room:
         self.checked_at = now
         self.left_at = now
 
-    def remember(self, events: list[Event]) -> None:
-        """Keep what members that are behind will need to close the last gap."""
-        for event in events:
-            self.recent.append(event)
-            self.recent_bytes += len(event.payload)
-        while self.recent_bytes > RECENT_BYTES:
-            self.recent_bytes -= len(self.recent.popleft().payload)
-
-    def forget(self) -> None:
-        self.recent.clear()
-        self.recent_bytes = 0
-
     def written(self) -> int:
         """Up to this offset live members have been served or are being served."""
         if self.pending:
@@ -165,6 +155,9 @@ class Fanout:
         self._flush_scheduled = False
         self._unrepaired: set[Room] = set()
         self._retry: set[Member] = set()
+        self._remembered: dict[Room, None] = {}
+        """Rooms with recent events, the one that was silent longest first."""
+        self._remembered_bytes = 0
         self.garbage = 0
         """Messages on the rooms' channels that were no events."""
 
@@ -303,6 +296,7 @@ class Fanout:
             lambda reading: self._receive_missed(member, reading),
             epoch=member.epoch,
             after=member.position,
+            nearest=True,
         )
 
     def _receive_missed(self, member: Member, reading: Reading | StoreUnavailable) -> None:
@@ -315,11 +309,10 @@ class Fanout:
         self._compare(member.room, reading)
         if not _receptive(member.connection):
             return
-        if reading.epoch != member.epoch or reading.top < member.position:
-            self._reset(member, reading.epoch, _start_of(reading))
-        elif reading.first - 1 > member.position:
+        if reading.epoch == member.epoch and member.position < reading.first - 1:
             self._disconnect(member.connection, errors.SLOW_CONSUMER)
             return
+        self._settle(member, reading)
         self._serve(member, [e for e in reading.events if e.offset > member.position])
 
     def _serve(self, member: Member, events: list[Event]) -> None:
@@ -349,11 +342,37 @@ class Fanout:
     def _caught_up(self, room: Room) -> None:
         room.behind -= 1
         if room.behind == 0:
-            room.forget()
+            self._forget(room)
 
-    def _reset(self, member: Member, epoch: str, offset: int) -> None:
-        member.epoch, member.position = epoch, offset
-        member.connection.send(frames.reset(member.room.name, epoch, offset))
+    def _settle(self, member: Member, reading: Reading) -> None:
+        """Tell a member where it is in the log as it was read."""
+        connection, name = member.connection, member.room.name
+        if not reading.continues(member.position):
+            member.position = reading.nearest(member.position)
+            connection.send(frames.reset(name, reading.epoch, member.position))
+        elif reading.epoch != member.epoch:
+            connection.send(frames.epoch(name, reading.epoch))
+        member.epoch = reading.epoch
+
+    def _remember(self, room: Room, events: list[Event]) -> None:
+        """Keep what members that are behind will need to close the last gap."""
+        before = room.recent_bytes
+        for event in events:
+            room.recent.append(event)
+            room.recent_bytes += len(event.payload)
+        while room.recent_bytes > RECENT_BYTES:
+            room.recent_bytes -= len(room.recent.popleft().payload)
+        self._remembered_bytes += room.recent_bytes - before
+        self._remembered.pop(room, None)
+        self._remembered[room] = None
+        while self._remembered_bytes > RECENT_TOTAL:
+            self._forget(next(iter(self._remembered)))
+
+    def _forget(self, room: Room) -> None:
+        self._remembered.pop(room, None)
+        self._remembered_bytes -= room.recent_bytes
+        room.recent.clear()
+        room.recent_bytes = 0
 
     # Live events.
 
@@ -388,27 +407,26 @@ class Fanout:
             self._repair(room)
 
     def _dispatch(self, room: Room, step: Step) -> None:
-        if step.reset:
-            self._reset_all(room, step)
         if step.events:
             room.pending += step.events
             if room.behind:
-                room.remember(step.events)
+                self._remember(room, step.events)
             self._dirty[room] = None
             self._schedule_flush()
         if room.feed.behind:
             self._unrepaired.add(room)
             self._repair(room)
 
-    def _reset_all(self, room: Room, step: Step) -> None:
-        """The room's positions are void: everyone goes on from the feed's."""
+    def _move(self, room: Room, reading: Reading) -> None:
+        """The log goes on under another epoch, or elsewhere: each member is told its part."""
         self._write_out(room)
-        room.forget()
-        feed = room.feed
-        assert feed.offset is not None
-        offset = step.events[0].offset - 1 if step.events else feed.offset
+        self._forget(room)
+        now = time.time()
         for member in list(room.live):
-            self._reset(member, feed.epoch, offset)
+            if member.connection.expires_at <= now:
+                self.hold_back(member.connection)
+            else:
+                self._settle(member, reading)
 
     def _repair(self, room: Room) -> None:
         """Read what the feed is missing. What comes meanwhile waits in the feed."""
@@ -423,6 +441,7 @@ class Fanout:
             lambda reading: self._receive_repair(room, reading),
             epoch=feed.epoch,
             after=feed.offset,
+            nearest=True,
         )
 
     def _compare(self, room: Room, reading: Reading) -> None:
@@ -434,11 +453,14 @@ class Fanout:
 
     def _receive_repair(self, room: Room, reading: Reading | StoreUnavailable) -> None:
         room.reading = False
-        if isinstance(reading, StoreUnavailable):
+        if isinstance(reading, StoreUnavailable) or not self._fresh():
             self._unrepaired.add(room)
             return
         self._unrepaired.discard(room)
-        self._dispatch(room, room.feed.receive_reading(reading))
+        step = room.feed.receive_reading(reading)
+        if step.moved:
+            self._move(room, reading)
+        self._dispatch(room, step)
 
     # Writing.
 
@@ -533,6 +555,7 @@ class Fanout:
 
     def _drop(self, room: Room) -> None:
         del self._rooms[room.name]
+        self._forget(room)
         self._dirty.pop(room, None)
         self._unrepaired.discard(room)
         assert self._subscription is not None
@@ -546,7 +569,3 @@ def _receptive(connection: Connection) -> bool:
         and not connection.writing_paused
         and connection.expires_at > time.time()
     )
-
-
-def _start_of(reading: Reading) -> int:
-    return reading.events[0].offset - 1 if reading.events else reading.top

@@ -480,7 +480,7 @@ class Hub:
             onwards=effect.limit,
             backwards=effect.limit,
             size=PAGE_BYTES,
-            from_oldest=after is not None,
+            nearest=after is not None,
         )
 
     def _verified(self, token: str) -> Outcome:

@@ -36,6 +36,8 @@ from chatserver.core.errors import StoreRefused, StoreUnavailable
 ROUND_TRIP_SECONDS = 0.4
 """A pipeline's deadline. A second one may have to fail before a waiting command is answered,
 and protocol.md promises ``unavailable`` within a second."""
+REPLICA_MILLISECONDS = 250
+"""How long replicas may take to confirm; within the round trip."""
 LANE_COMMANDS = 20_000
 """A lane's bound; a command beyond it is unavailable at once."""
 RETRY_SECONDS = (0.05, 1.0)
@@ -55,19 +57,21 @@ log = telemetry.logger(__name__)
 
 
 class Script:
-    """A Lua file of ``store/lua``, by its name."""
+    """A Lua file of ``store/lua``, by its name, perhaps with another one before it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, beginning: str | None = None) -> None:
+        files = resources.files("chatserver.store") / "lua"
+        parts = [part for part in (beginning, name) if part]
         self.name = name
-        self.source = (resources.files("chatserver.store") / "lua" / f"{name}.lua").read_bytes()
+        self.source = b"".join((files / f"{part}.lua").read_bytes() for part in parts)
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
     def command(self, keys: Sequence[Argument], arguments: Iterable[Argument]) -> list[Argument]:
         return ["EVALSHA", self.sha, len(keys), *keys, *arguments]
 
 
-PUBLISH = Script("publish")
-READ = Script("read")
+PUBLISH = Script("publish", "room")
+READ = Script("read", "room")
 REVOKE = Script("revoke")
 POLL = Script("poll")
 BEGIN = Script("begin")
@@ -81,14 +85,20 @@ class _Request(NamedTuple):
     command: list[Argument]
     done: Done
     wanted: Callable[[], bool] | None
+    weight: int
 
 
 class Lane:
-    """One connection for commands. ``run`` must be a task while it is used."""
+    """One connection for commands. ``run`` must be a task while it is used.
 
-    def __init__(self, pool: ConnectionPool, *, batch: int) -> None:
+    A pipeline holds commands up to ``batch`` in weight. With ``replicas``, a reply counts only
+    when so many replicas have what was written, else it is StoreUnavailable.
+    """
+
+    def __init__(self, pool: ConnectionPool, *, batch: int, replicas: int = 0) -> None:
         self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
         self._batch = batch
+        self._replicas = replicas
         self._queue: deque[_Request] = deque()
         self._filled = asyncio.Event()
         self._down = False
@@ -98,6 +108,7 @@ class Lane:
         command: list[Argument],
         done: Done,
         wanted: Callable[[], bool] | None = None,
+        weight: int = 1,
     ) -> None:
         """Queue a command. ``done`` is called once, later, with the reply or StoreUnavailable.
 
@@ -107,7 +118,7 @@ class Lane:
         if self._down or len(self._queue) >= LANE_COMMANDS:
             asyncio.get_running_loop().call_soon(done, StoreUnavailable("the store is away"))
             return
-        self._queue.append(_Request(command, done, wanted))
+        self._queue.append(_Request(command, done, wanted, weight))
         self._filled.set()
 
     async def call(self, command: list[Argument]) -> Reply:
@@ -142,10 +153,12 @@ class Lane:
 
     def _take(self) -> list[_Request]:
         batch: list[_Request] = []
-        while self._queue and len(batch) < self._batch:
+        left = self._batch
+        while self._queue and left > 0:
             request = self._queue.popleft()
             if request.wanted is None or request.wanted():
                 batch.append(request)
+                left -= request.weight
         return batch
 
     async def _commit(self, batch: list[_Request]) -> None:
@@ -153,16 +166,32 @@ class Lane:
         answered = 0
         try:
             async with asyncio.timeout(ROUND_TRIP_SECONDS):
-                if not self._connection.is_connected:
+                if _hung_up(self._connection):
                     await _connect(self._connection)
-                packed = self._connection.pack_commands(request.command for request in batch)
+                commands = [request.command for request in batch]
+                if self._replicas:
+                    commands.append(["WAIT", self._replicas, REPLICA_MILLISECONDS])
+                packed = self._connection.pack_commands(commands)
                 await self._connection.send_packed_command(packed, check_health=False)
-                for request in batch:
-                    reply = await self._read_reply()
-                    answered += 1
-                    request.done(reply)
+                if self._replicas:
+                    # None is told before all is known to be safe.
+                    replies = [await self._read_reply() for _ in commands]
+                    answered = len(batch)
+                    self._answer(batch, replies)
+                else:
+                    for request in batch:
+                        reply = await self._read_reply()
+                        answered += 1
+                        request.done(reply)
         except (RedisError, OSError, TimeoutError) as error:
             await self._lose(batch[answered:], error)
+
+    def _answer(self, batch: list[_Request], replies: list[Reply]) -> None:
+        """Pass the replies on if enough replicas have what they speak of, as the last one says."""
+        acknowledged = replies.pop()
+        enough = isinstance(acknowledged, int) and acknowledged >= self._replicas
+        for request, reply in zip(batch, replies, strict=True):
+            request.done(reply if enough else StoreUnavailable("too few replicas have it"))
 
     async def _read_reply(self) -> Reply | StoreUnavailable:
         try:
@@ -211,6 +240,12 @@ class Lane:
     def _fail(self, requests: Iterable[_Request], reason: str) -> None:
         for request in list(requests):
             request.done(StoreUnavailable(reason))
+
+
+def _hung_up(connection: AbstractConnection) -> bool:
+    """Whether the other end has closed it, as a store that was restarted meanwhile."""
+    reader: asyncio.StreamReader | None = connection._reader
+    return reader is None or reader.at_eof()
 
 
 async def _connect(connection: AbstractConnection) -> None:
@@ -360,8 +395,8 @@ class Store:
             health_check_interval=0,
         )
 
-    def lane(self, batch: int = 256) -> Lane:
-        return Lane(self._pool, batch=batch)
+    def lane(self, batch: int = 256, replicas: int = 0) -> Lane:
+        return Lane(self._pool, batch=batch, replicas=replicas)
 
     def subscription(
         self,

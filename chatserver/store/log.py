@@ -6,6 +6,7 @@ All keys of a room share the hash tag ``{room}``: one slot on a cluster, one scr
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 from collections.abc import Callable
@@ -21,7 +22,11 @@ EMPTY_ROOM_SECONDS = 300
 
 READ_EVENTS = 256
 READ_BYTES = 65_536
-"""One read's bounds; whoever wants more reads on. 64 of them in a pipeline stay under 4 MiB."""
+"""One read's bounds; whoever wants more reads on."""
+ANSWERS = 100
+"""Told of a reading they share in one iteration of the loop."""
+
+Answer = Callable[[Reading | StoreUnavailable], None]
 
 SCANS = 50
 SCAN_KEYS = 1000
@@ -60,11 +65,18 @@ class RoomLog:
         history: int,
         history_seconds: int,
         key_window: float,
+        announce: str = "PUBLISH",
     ) -> None:
         self._publishes = publishes
         self._reads = reads
-        self._retention: tuple[Argument, Argument] = (history, history_seconds)
+        self._history_seconds = history_seconds
+        # A key is void when its log is gone, so the room is remembered at least as long.
+        remembered = max(history_seconds, math.ceil(key_window), EMPTY_ROOM_SECONDS)
+        self._retention: tuple[Argument, ...] = (history, history_seconds, remembered)
+        self._announce = announce
         self._key_milliseconds = max(1, int(key_window * 1000))
+        self._queued: dict[tuple[Argument, ...], list[Answer]] = {}
+        """Readings not yet asked for, by what they ask: one serves all who want the same."""
 
     def publish(
         self,
@@ -84,6 +96,7 @@ class RoomLog:
             event.tail,
             _new_epoch(),
             *self._retention,
+            self._announce,
             channel(room),
             "-" if event.echo else connection,
             self._key_milliseconds,
@@ -101,7 +114,7 @@ class RoomLog:
     def read(
         self,
         room: str,
-        done: Callable[[Reading | StoreUnavailable], None],
+        done: Answer,
         *,
         epoch: str = "",
         after: int | None = None,
@@ -109,30 +122,61 @@ class RoomLog:
         onwards: int = READ_EVENTS,
         backwards: int = READ_EVENTS,
         size: int = READ_BYTES,
-        from_oldest: bool = False,
+        nearest: bool = False,
     ) -> None:
         """Read on after ``after`` if its ``epoch`` and the log allow it, else the latest events.
 
-        ``from_oldest``: when the log no longer reaches back to ``after``, read on from its
-        oldest event.
+        ``nearest``: where the log has no such place but the epoch is known, read on from the
+        nearest: its oldest event, or the last that the epoch shares with it.
         """
-        arguments: list[Argument] = [
-            _new_epoch(),
+        asked: tuple[Argument, ...] = (
             EMPTY_ROOM_SECONDS,
+            self._history_seconds,
             epoch,
             "" if after is None else after,
             "" if before is None else before,
             onwards,
             backwards,
             size,
-            int(from_oldest),
-        ]
+            int(nearest),
+        )
+        # Not one that is under way: what has happened since must be in it.
+        waiting = self._queued.get((room, *asked))
+        if waiting is not None:
+            waiting.append(done)
+            return
+        waiting = self._queued[room, *asked] = [done]
+
+        def leave() -> bool:
+            self._queued.pop((room, *asked), None)
+            return True
 
         def parse(reply: Reply | StoreUnavailable) -> None:
-            done(reply if isinstance(reply, StoreUnavailable) else _reading(reply))
+            if self._queued.get((room, *asked)) is waiting:
+                leave()  # it never went out
+            _answer(waiting, reply if isinstance(reply, StoreUnavailable) else _reading(reply))
 
         keys = [f"chat:room:{{{room}}}:meta", f"chat:room:{{{room}}}:log"]
-        self._reads.submit(READ.command(keys, arguments), parse)
+        self._reads.submit(
+            READ.command(keys, [_new_epoch(), *asked]),
+            parse,
+            wanted=leave,
+            weight=_weight(after is not None, onwards, backwards, size),
+        )
+
+
+def _answer(waiting: list[Answer], reading: Reading | StoreUnavailable) -> None:
+    """Tell those who wait for the reading, so many at a time that the loop stays responsive."""
+    for done in waiting[:ANSWERS]:
+        done(reading)
+    if len(waiting) > ANSWERS:
+        asyncio.get_running_loop().call_soon(_answer, waiting[ANSWERS:], reading)
+
+
+def _weight(onwards_too: bool, onwards: int, backwards: int, size: int) -> int:
+    """What a reading may cost a pipeline, in 64ths of 1 MiB."""
+    events = max(backwards, onwards if onwards_too else 0)
+    return 1 if events == 0 else math.ceil(size / 16_384)
 
 
 class RoomState(NamedTuple):
@@ -171,14 +215,14 @@ _META = re.compile(r"chat:room:\{([A-Za-z0-9._:@+-]+)\}:meta")
 
 
 def _reading(reply: Reply) -> Reading:
-    name, top, first, *flat = reply
+    name, top, first, shared, *flat = reply
     epoch = name.decode()
     events = [
         Event(epoch, offset, payload) for offset, payload in zip(flat[::2], flat[1::2], strict=True)
     ]
-    return Reading(epoch, top, first, events)
+    return Reading(epoch, top, first, shared, events)
 
 
 def _new_epoch() -> str:
-    """Used only where a room has none; 40 random bits tell a room's epochs apart."""
+    """Used only where one begins; 40 random bits tell a room's epochs apart."""
     return f"{random.getrandbits(40):010x}"

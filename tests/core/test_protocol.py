@@ -115,7 +115,7 @@ def error(code: ReplyCode, id: object = None, **fields: object) -> dict[str, obj
 
 
 def reading(top: int, retained: int = 0, epoch: str = "e1") -> Reading:
-    return Reading(epoch, top, top - retained + 1, [])
+    return Reading(epoch, top, top - retained + 1, top if epoch == "e1" else -1, [])
 
 
 def published(offset: int = 1, *, duplicate: bool = False) -> Published:
@@ -622,7 +622,7 @@ def test_a_page_of_history_is_acked_with_whole_events() -> None:
     events = [Event("e1", n, b'{"type":"message","offset":%d}' % n) for n in (3, 4)]
 
     asked = peer.command("history", id=1, room="a", before=5, limit=2)
-    done = peer.answer(asked, Page(Reading("e1", 9, 1, events), True))
+    done = peer.answer(asked, Page(Reading("e1", 9, 1, 9, events), True))
 
     assert exact(asked) == exact([Read(1, "a", 5, None, 2)])
     assert only(done) == {

@@ -116,8 +116,11 @@ def test_a_room_that_merely_resembles_a_direct_one_is_an_ordinary_room() -> None
 # --- recovery ------------------------------------------------------------------------------
 
 
-def state(top: int, retained: int, epoch: str = "e1") -> Reading:
-    return Reading(epoch, top, top - retained + 1, [])
+def state(top: int, retained: int, epoch: str = "e1", shared: int | None = None) -> Reading:
+    """What a read for a position of ``e1`` returns: of another epoch, how far it was the same."""
+    if shared is None:
+        shared = top if epoch == "e1" else -1
+    return Reading(epoch, top, top - retained + 1, shared, [])
 
 
 @pytest.mark.parametrize(
@@ -164,6 +167,28 @@ def test_another_epoch_proves_nothing_and_has_no_gap() -> None:
     assert recovery == Recovery(50, False, None)
 
 
+@pytest.mark.parametrize("since", [60, 89, 90])
+def test_a_position_up_to_the_fork_is_recovered_under_the_new_epoch(since: int) -> None:
+    forked = state(100, 40, "e2", shared=90)
+    recovery = recover(forked, since=Since("e1", since), last=7, replay=1000)
+
+    assert recovery == Recovery(since, True, None)
+
+
+def test_beyond_the_fork_the_client_saw_what_is_gone() -> None:
+    forked = state(100, 40, "e2", shared=90)
+    recovery = recover(forked, since=Since("e1", 91), last=7, replay=1000)
+
+    assert recovery == Recovery(93, False, None)
+
+
+def test_up_to_the_fork_is_not_enough_when_the_log_is_trimmed_beyond() -> None:
+    forked = state(100, 5, "e2", shared=90)
+    recovery = recover(forked, since=Since("e1", 90), last=None, replay=1000)
+
+    assert recovery == Recovery(95, False, None)
+
+
 def test_a_position_beyond_the_log_proves_nothing_and_has_no_gap() -> None:
     recovery = recover(state(100, 100), since=Since("e1", 101), last=None, replay=1000)
 
@@ -191,18 +216,24 @@ def test_a_log_trimmed_to_nothing_still_has_its_position() -> None:
 @given(
     top=st.integers(0, 60),
     retained=st.integers(0, 60),
-    epoch=st.sampled_from(["e1", "e2"]),
+    fork=st.none() | st.integers(-1, 60),
     offset=st.none() | st.integers(0, 70),
     last=st.none() | st.integers(0, 60),
     replay=st.integers(1, 40),
 )
 def test_a_replay_is_retained_and_recovery_is_claimed_exactly_when_it_can_be_proved(
-    top: int, retained: int, epoch: str, offset: int | None, last: int | None, replay: int
+    top: int,
+    retained: int,
+    fork: int | None,
+    offset: int | None,
+    last: int | None,
+    replay: int,
 ) -> None:
-    assume(retained <= top)
-    since = None if offset is None else Since(epoch, offset)
+    assume(retained <= top and (fork is None or fork <= top))
+    since = None if offset is None else Since("e1", offset)
+    read = state(top, retained) if fork is None else state(top, retained, "e2", fork)
 
-    recovery = recover(state(top, retained), since=since, last=last, replay=replay)
+    recovery = recover(read, since=since, last=last, replay=replay)
 
     replayed = set(range(recovery.start + 1, top + 1))
     kept = set(range(top - retained + 1, top + 1))
@@ -213,15 +244,14 @@ def test_a_replay_is_retained_and_recovery_is_claimed_exactly_when_it_can_be_pro
         assert len(replayed) == min(last or 0, retained)
         return
     missed = set(range(since.offset + 1, top + 1))
-    provable = (
-        since.epoch == "e1" and since.offset <= top and missed <= kept and len(missed) <= replay
-    )
+    shared = top if fork is None else fork
+    provable = since.offset <= shared and missed <= kept and len(missed) <= replay
     assert recovery.recovered is provable
     if provable:
         assert (replayed, recovery.gap) == (missed, None)
         return
     assert len(replayed) == min(50 if last is None else last, retained)
-    lost = missed - replayed if since.epoch == "e1" else set()
+    lost = missed - replayed if fork is None else set()
     gap = set() if recovery.gap is None else set(range(recovery.gap[0], recovery.gap[1] + 1))
     assert gap == lost
     assert recovery.gap is None or gap
@@ -238,13 +268,22 @@ def run(first: int, last: int, epoch: str = "e1") -> list[Event]:
     return [event(offset, epoch) for offset in range(first, last + 1)]
 
 
-def reading(top: int, events: list[Event], first: int = 1, epoch: str = "e1") -> Reading:
-    return Reading(epoch, top, first, events)
+def reading(
+    top: int,
+    events: list[Event],
+    first: int = 1,
+    epoch: str = "e1",
+    shared: int | None = None,
+) -> Reading:
+    """For a feed under ``e1``, unless ``shared`` says otherwise."""
+    if shared is None:
+        shared = top if epoch == "e1" else -1
+    return Reading(epoch, top, first, shared, events)
 
 
 def feed_at(offset: int, epoch: str = "e1") -> Feed:
     feed = Feed()
-    feed.start(Reading(epoch, offset, 1, []))
+    feed.start(Reading(epoch, offset, 1, offset, []))
     return feed
 
 
@@ -357,6 +396,36 @@ def test_a_new_and_empty_epoch_is_a_reset_to_its_top() -> None:
     assert place(feed) == ("e2", 0, False)
 
 
+def test_a_log_that_goes_on_under_a_new_epoch_keeps_the_position() -> None:
+    feed = feed_at(7)
+    feed.receive_live(event(9, "e2"))
+
+    step = feed.receive_reading(reading(9, run(8, 9, "e2"), epoch="e2", shared=7))
+
+    assert step == Step(run(8, 9, "e2"), moved=True)
+    assert place(feed) == ("e2", 9, False)
+
+
+def test_behind_a_fork_that_lost_events_the_feed_goes_on_from_the_fork() -> None:
+    feed = feed_at(7)
+    feed.miss()
+
+    step = feed.receive_reading(reading(6, run(6, 6, "e2"), epoch="e2", shared=5))
+
+    assert step == Step(run(6, 6, "e2"), moved=True)
+    assert place(feed) == ("e2", 6, False)
+
+
+def test_a_fork_that_lost_events_and_has_no_new_ones_is_a_reset_to_its_top() -> None:
+    feed = feed_at(7)
+    feed.miss()
+
+    step = feed.receive_reading(reading(5, [], epoch="e2", shared=5))
+
+    assert step == Step([], moved=True)
+    assert place(feed) == ("e2", 5, False)
+
+
 def test_what_was_held_of_a_lost_epoch_does_not_keep_the_feed_behind() -> None:
     """An event held when the store came back empty made the feed read the log for ever."""
     feed = feed_at(5)
@@ -376,7 +445,7 @@ def test_a_straggler_of_a_lost_epoch_costs_one_reading() -> None:
     feed.receive_live(event(7, "e1"))
     feed.receive_live(event(4, "e2"))
 
-    step = feed.receive_reading(reading(3, [], epoch="e2"))
+    step = feed.receive_reading(reading(3, [], epoch="e2", shared=3))
 
     assert step == Step([event(4, "e2")], False)
     assert place(feed) == ("e2", 4, False)
@@ -459,6 +528,10 @@ class Log:
         self.generation = 1
         self.top = 0
         self.first = 1
+        self.serial = 0
+        self.payloads: dict[int, bytes] = {}
+        self.begins = [("e1", 0)]
+        """Each epoch that the log knows of, and the offset at which it began."""
 
     @property
     def epoch(self) -> str:
@@ -466,7 +539,9 @@ class Log:
 
     def append(self) -> Event:
         self.top += 1
-        return event(self.top, self.epoch)
+        self.serial += 1
+        self.payloads[self.top] = b"%d" % self.serial
+        return Event(self.epoch, self.top, self.payloads[self.top])
 
     def trim(self, keep: int) -> None:
         self.first = max(self.first, self.top - keep + 1)
@@ -474,13 +549,31 @@ class Log:
     def wipe(self) -> None:
         self.generation += 1
         self.top, self.first = 0, 1
+        self.begins = [(self.epoch, 0)]
+
+    def fail_over(self, lost: int) -> None:
+        """To a copy that lacks the latest events; to none, and it is a plain restart."""
+        self.top = max(self.first - 1, self.top - lost)
+        # What the copy has not heard of: an epoch that began behind its end.
+        self.begins = [begin for begin in self.begins if begin[1] <= self.top]
+        self.generation += 1
+        self.begins.append((self.epoch, self.top))
+
+    def shared(self, epoch: str) -> int:
+        if epoch in ("", self.epoch):
+            return self.top
+        ends = {old: end for (old, _), (_, end) in pairwise(self.begins)}
+        return ends.get(epoch, -1)
 
     def read(self, epoch: str, after: int, most: int) -> Reading:
-        if epoch == self.epoch and self.first - 1 <= after <= self.top:
-            events = run(after + 1, min(after + most, self.top), self.epoch)
+        shared = self.shared(epoch)
+        if shared >= 0:
+            after = max(min(after, shared), self.first - 1)
+            places = range(after + 1, min(after + most, self.top) + 1)
         else:
-            events = run(max(self.first, self.top - most + 1), self.top, self.epoch)
-        return Reading(self.epoch, self.top, self.first, events)
+            places = range(max(self.first, self.top - most + 1), self.top + 1)
+        events = [Event(self.epoch, place, self.payloads[place]) for place in places]
+        return Reading(self.epoch, self.top, self.first, shared, events)
 
 
 class FeedMachine(RuleBasedStateMachine):
@@ -519,6 +612,11 @@ class FeedMachine(RuleBasedStateMachine):
     @rule()
     def wipe(self) -> None:
         self.log.wipe()
+        self.unheard = True
+
+    @rule(lost=st.integers(0, 3))
+    def fail_over(self, lost: int) -> None:
+        self.log.fail_over(lost)
         self.unheard = True
 
     @precondition(lambda self: self.on_the_way)
@@ -561,7 +659,8 @@ class FeedMachine(RuleBasedStateMachine):
 
     def take(self, step: Step) -> None:
         """What a member sees: a reset gives the position, every event must be the next one."""
-        if step.reset:
+        assert self.feed.offset is not None or not step.events
+        if step.moved:
             assert self.feed.offset is not None
             self.position = (self.feed.epoch, self.feed.offset - len(step.events))
         for one in step.events:
@@ -578,6 +677,11 @@ class FeedMachine(RuleBasedStateMachine):
     def no_event_comes_twice_or_out_of_order(self) -> None:
         places = [(int(one.epoch[1:]), one.offset) for one in self.delivered]
         assert all(earlier < later for earlier, later in pairwise(places))
+
+    @invariant()
+    def a_fork_repeats_nothing(self) -> None:
+        payloads = [one.payload for one in self.delivered]
+        assert len(payloads) == len(set(payloads))
 
     @invariant()
     def a_feed_that_has_heard_everything_and_is_not_behind_has_the_top(self) -> None:

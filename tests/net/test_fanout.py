@@ -44,19 +44,31 @@ class Log:
 
     def __init__(self) -> None:
         self.epoch = "e1"
+        self.past: dict[str, int] = {}
+        """Earlier epochs, and the last offset that each shares with this log."""
         self.events: list[Event] = []
         self.top = 0
+        self.serial = 0
         self.asked: list[tuple[dict[str, Any], Answer]] = []
 
     def append(self, origin: str | None = None) -> Event:
         self.top += 1
-        payload = b'{"type":"message","room":"general","offset":%d}' % self.top
+        self.serial += 1
+        place = (self.top, self.serial)
+        payload = b'{"type":"message","room":"general","offset":%d,"body":%d}' % place
         event = Event(self.epoch, self.top, payload, origin)
         self.events.append(event)
         return event
 
     def restart_empty(self, epoch: str) -> None:
-        self.epoch, self.events, self.top = epoch, [], 0
+        self.epoch, self.past, self.events, self.top = epoch, {}, [], 0
+
+    def fork(self, epoch: str, lost: int = 0) -> None:
+        """The store comes back without the latest events, but with its epoch."""
+        self.top = max(self.top - lost, *self.past.values(), 0)
+        self.events = [event for event in self.events if event.offset <= self.top]
+        self.past[self.epoch] = self.top
+        self.epoch = epoch
 
     def read(self, room: str, done: Answer, **asked: Any) -> None:
         assert room == ROOM
@@ -65,16 +77,18 @@ class Log:
     def take(self, asked: dict[str, Any]) -> Reading:
         """As store/lua/read.lua."""
         first = self.events[0].offset if self.events else self.top + 1
-        after = asked.get("after")
-        reaches = after is not None and first - 1 <= after <= self.top
-        if after is not None and reaches and asked.get("epoch", "") in ("", self.epoch):
+        epoch, after = asked.get("epoch", ""), asked.get("after")
+        shared = self.top if epoch in ("", self.epoch) else self.past.get(epoch, -1)
+        if after is not None and shared >= 0 and asked.get("nearest"):
+            after = max(min(after, shared), first - 1)
+        if after is not None and first - 1 <= after <= shared:
             events = [e for e in self.events if e.offset > after][: asked.get("onwards", 8)]
         else:
             count = min(asked.get("backwards", 8), 8)
             events = self.events[-count:] if count else []
         # The log keeps no origin: what is replayed is shown to everyone.
-        plain = [event._replace(origin=None) for event in events]
-        return Reading(self.epoch, self.top, first, plain)
+        plain = [event._replace(epoch=self.epoch, origin=None) for event in events]
+        return Reading(self.epoch, self.top, first, shared, plain)
 
     def answer_all(self) -> None:
         while self.asked:
@@ -319,7 +333,7 @@ async def test_one_whose_place_is_no_longer_in_the_log_is_sent_away() -> None:
     await settle()
     house.log.events = house.log.events[5:]
     member = slow.memberships[ROOM]
-    member.room.forget()
+    member.room.recent.clear()
     house.fanout.catch_up(slow)
     house.log.answer_all()
 
@@ -388,6 +402,96 @@ async def test_an_emptied_store_is_told_with_a_reset_and_the_new_events_follow()
         ("message", 1),
         ("message", 2),
     ]
+
+
+async def test_a_log_that_goes_on_under_a_new_epoch_is_told_and_nothing_else_changes() -> None:
+    house = House()
+    connection, expired = house.joined("c"), house.joined("x")
+    house.publish()
+    await settle()
+    house.log.fork("e2")
+    expired.expires_at = time.time() - 1
+    house.publish()
+    house.log.answer_all()
+    await settle()
+
+    assert [(f["type"], f.get("epoch"), f.get("offset")) for f in seen(connection)] == [
+        ("message", None, 1),
+        ("epoch", "e2", None),
+        ("message", None, 2),
+    ]
+    assert offsets(expired) == [1]
+
+
+async def test_whoever_is_beyond_a_fork_is_reset_to_it_and_whoever_is_not_keeps_its_place() -> None:
+    house = House()
+    reader, slow = house.joined("r"), house.joined("s")
+    house.publish()
+    await settle()
+    house.fanout.hold_back(slow)
+    slow.writing_paused = True
+    house.publish()
+    house.publish()
+    await settle()
+    house.log.fork("e2", lost=2)
+    house.publish()
+    house.log.answer_all()
+    slow.writing_paused = False
+    house.fanout.catch_up(slow)
+    house.log.answer_all()
+    await settle()
+
+    told = [(f["type"], f.get("offset"), f.get("body")) for f in seen(reader)]
+    assert told == [
+        ("message", 1, 1),
+        ("message", 2, 2),
+        ("message", 3, 3),
+        ("reset", 1, None),
+        ("message", 2, 4),
+    ]
+    told = [(f["type"], f.get("offset"), f.get("body")) for f in seen(slow)]
+    assert told == [("message", 1, 1), ("epoch", None, None), ("message", 2, 4)]
+
+
+async def test_a_reader_ahead_of_its_worker_is_reset_where_the_worker_is_not() -> None:
+    """Its own reading had shown it more than the worker had heard of when the store forked."""
+    house = House()
+    house.joined("early")
+    house.log.append()
+    house.log.append()
+    ahead = house.joined("ahead")  # at 2, and the worker has heard of nothing
+    house.log.fork("e2", lost=1)
+    house.publish()
+    house.log.answer_all()
+    await settle()
+
+    assert [(f["type"], f["offset"], f.get("body")) for f in seen(ahead)] == [
+        ("reset", 1, None),
+        ("message", 2, 3),
+    ]
+
+
+async def test_recent_events_of_all_rooms_together_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chatserver.net.fanout.RECENT_TOTAL", 300)
+    house = House()
+    slow = house.joined("slow")
+    house.fanout.hold_back(slow)
+    room = slow.memberships[ROOM].room
+    for _ in range(3):
+        house.publish()
+    assert len(room.recent) == 3
+    house.publish()
+    house.publish()
+    house.publish()
+    assert room.recent_bytes <= 300
+
+    house.fanout.catch_up(slow)
+    while house.log.asked:
+        house.log.answer_all()
+    await settle()
+    assert offsets(slow) == [1, 2, 3, 4, 5, 6]
 
 
 async def test_garbage_on_the_channel_is_ignored_and_counted() -> None:
@@ -459,7 +563,17 @@ async def test_every_member_sees_each_event_once_and_in_order(seed: int) -> None
         connection.writing_paused = False
         house.fanout.catch_up(connection)
 
+    epochs, forking = 1, chance.choice([0.0, 0.3])
+
+    def fork() -> None:
+        nonlocal epochs
+        if chance.random() < forking:
+            epochs += 1
+            house.log.fork(f"e{epochs}", lost=chance.choice([0, 0, 1, 3]))
+            in_flight.clear()
+
     steps = [publish, publish, hear, hear, answer, answer, join, stall, drain, house.fanout.tick]
+    steps.append(fork)
     for _ in range(400):
         chance.choice(steps)()
         if chance.random() < 0.5:
@@ -475,6 +589,27 @@ async def test_every_member_sees_each_event_once_and_in_order(seed: int) -> None
         await settle()
     for connection in connections:
         if connection.id in started:
-            got = offsets(connection)
-            assert got == list(range(house.log.top - len(got) + 1, house.log.top + 1))
+            check_view(connection, house.log)
             assert not house.disconnected
+
+
+def check_view(connection: Connection, log: Log) -> None:
+    """What a client makes of its frames: without holes, nothing twice, at the log's end."""
+    frames = seen(connection)
+    position = None
+    bodies = []
+    for frame in frames:
+        match frame["type"]:
+            case "reset":
+                position = frame["offset"]
+            case "message" | "skip":
+                assert position in (None, frame["offset"] - 1)
+                position = frame["offset"]
+                bodies.append(frame.get("body"))
+    member = connection.memberships[ROOM]
+    told = [frame["epoch"] for frame in frames if frame["type"] in ("reset", "epoch")]
+    assert position in (None, log.top)
+    assert (member.epoch, member.position) == (log.epoch, log.top)
+    assert not told or told[-1] == log.epoch
+    shown = [body for body in bodies if body is not None]
+    assert len(shown) == len(set(shown))

@@ -241,7 +241,7 @@ async def test_nothing_is_ever_carried_out_twice(running: Running, own_valkey: V
 
 async def test_flushed_scripts_are_loaded_again(running: Running, own_valkey: Valkey) -> None:
     lane = running.lane(own_valkey.url)
-    command = READ.command(["m", "l"], ["epoch", 300, "", "", "", 10, 10, 1000, 0])
+    command = READ.command(["m", "l"], ["epoch", 300, 600, "", "", "", 10, 10, 1000, 0])
     await lane.call(command)
 
     own_valkey.command("SCRIPT", "FLUSH")

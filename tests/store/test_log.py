@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from chatserver.store.link import Argument, Reply, Store
 from chatserver.store.log import EMPTY_ROOM_SECONDS, RoomLog, channel, parse_live, room_of
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
-from tests.support.worker import end, eventually
+from tests.support.worker import PATIENCE, end, eventually
 
 HISTORY = 40
 NAMES = [
@@ -36,10 +37,11 @@ NAMES = [
 class Rooms:
     """A RoomLog whose lanes run, with futures in place of callbacks."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, **options: Any) -> None:
         self.store = Store(url)
         lanes = self.store.lane(), self.store.lane()
-        self.log = RoomLog(*lanes, history=HISTORY, history_seconds=600, key_window=60)
+        options = {"history": HISTORY, "history_seconds": 600, "key_window": 60} | options
+        self.log = RoomLog(*lanes, **options)
         self.tasks = [asyncio.create_task(lane.run()) for lane in lanes]
 
     async def close(self) -> None:
@@ -72,6 +74,14 @@ class Rooms:
         reading = await future
         assert isinstance(reading, Reading)
         return reading
+
+    async def available(self, room: str) -> None:
+        """Wait until readings are answered."""
+        reading: Reading | StoreUnavailable = StoreUnavailable("not asked yet")
+        while isinstance(reading, StoreUnavailable):
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self.log.read(room, future.set_result)
+            reading = await future
 
     async def fill(self, room: str, count: int, size: int = 1) -> None:
         body = json.dumps("x" * size).encode()
@@ -436,11 +446,11 @@ async def test_what_cannot_be_continued_is_answered_with_the_latest(
     assert offsets(just_reaches) == [11, 12]
 
 
-async def test_from_oldest_reads_on_where_a_trimmed_log_begins(rooms: Rooms, room: str) -> None:
+async def test_nearest_reads_on_where_a_trimmed_log_begins(rooms: Rooms, room: str) -> None:
     await rooms.fill(room, HISTORY + 10)
 
-    assert offsets(await rooms.read(room, after=2, onwards=2, from_oldest=True)) == [11, 12]
-    beyond = await rooms.read(room, after=HISTORY + 99, from_oldest=True)
+    assert offsets(await rooms.read(room, after=2, onwards=2, nearest=True)) == [11, 12]
+    beyond = await rooms.read(room, after=HISTORY + 99, nearest=True)
     assert offsets(beyond) == []
 
 
@@ -451,3 +461,153 @@ async def test_a_read_stops_at_its_bytes_but_one_event_always_fits(rooms: Rooms,
     assert offsets(await rooms.read(room, size=3500)) == [8, 9, 10]
     assert offsets(await rooms.read(room, after=4, size=1)) == [5]
     assert offsets(await rooms.read(room, size=1)) == [10]
+
+
+# --- a store whose history forks -----------------------------------------------------------
+
+
+async def back(rooms: Rooms) -> None:
+    """Wait until both lanes work again: each notices with its first command."""
+    async with asyncio.timeout(PATIENCE):
+        while isinstance(await rooms.submit("elsewhere"), StoreUnavailable):
+            await asyncio.sleep(0.01)
+        await rooms.available("elsewhere")
+
+
+async def test_after_a_plain_restart_the_log_goes_on_under_a_new_epoch(
+    own_rooms: Rooms, own_valkey: Valkey, room: str
+) -> None:
+    await own_rooms.fill(room, 5)
+    before = await own_rooms.read(room)
+    own_valkey.restart()
+    await back(own_rooms)
+
+    after = await own_rooms.read(room, epoch=before.epoch, after=3)
+    assert after.epoch != before.epoch
+    assert (after.top, after.shared, offsets(after)) == (5, 5, [4, 5])
+    assert after.continues(5)
+    sent = await own_rooms.publish(room)
+    assert (sent.epoch, sent.offset) == (after.epoch, 6)
+    later = await own_rooms.read(room, epoch=before.epoch, after=5)
+    assert (later.shared, offsets(later)) == (5, [6])
+
+
+async def test_keys_are_remembered_over_a_restart(
+    own_rooms: Rooms, own_valkey: Valkey, room: str
+) -> None:
+    await own_rooms.fill(room, 2)
+    first = await own_rooms.publish(room, key="k")
+    own_valkey.restart()
+    await back(own_rooms)
+
+    again = await own_rooms.publish(room, key="k")
+    assert again == first._replace(epoch=again.epoch, duplicate=True)
+    assert again.epoch != first.epoch
+
+
+async def test_positions_beyond_the_fork_are_told_from_those_before_it(
+    own_rooms: Rooms, own_valkey: Valkey, room: str
+) -> None:
+    await own_rooms.fill(room, 5)
+    before = await own_rooms.read(room)
+    with own_valkey.older_copy() as put_back:
+        await own_rooms.fill(room, 3)
+        put_back()
+    await back(own_rooms)
+    await own_rooms.publish(room)
+
+    after = await own_rooms.read(room, epoch=before.epoch, after=8)
+    assert (after.top, after.shared) == (6, 5)
+    assert not after.continues(8)
+    assert after.continues(5)
+    nearest = await own_rooms.read(room, epoch=before.epoch, after=8, nearest=True)
+    assert offsets(nearest) == [6]
+
+
+async def test_what_was_sent_beyond_the_fork_may_be_sent_again_with_its_key(
+    own_rooms: Rooms, own_valkey: Valkey, room: str
+) -> None:
+    await own_rooms.publish(room)
+    with own_valkey.older_copy() as put_back:
+        await own_rooms.publish(room, key="k")
+        put_back()
+    await back(own_rooms)
+
+    assert not (await own_rooms.publish(room, key="k")).duplicate
+
+
+async def test_so_many_earlier_epochs_are_remembered_and_no_more(
+    own_rooms: Rooms, own_valkey: Valkey, room: str
+) -> None:
+    epochs = []
+    for _ in range(34):
+        epochs.append((await own_rooms.publish(room)).epoch)
+        own_valkey.command("DEBUG", "CHANGE-REPL-ID")
+    shared = [(await own_rooms.read(room, epoch=epoch, after=0)).shared for epoch in epochs]
+
+    assert len(set(epochs)) == 34
+    assert shared == [-1, -1, *range(3, 35)]
+
+
+# --- age -----------------------------------------------------------------------------------
+
+
+async def test_events_are_retained_by_age_one_by_one(own_valkey: Valkey, room: str) -> None:
+    rooms = Rooms(own_valkey.url, history_seconds=1)
+    try:
+        for _ in range(20):
+            await rooms.publish(room)
+        reading = await rooms.read(room)
+        async with asyncio.timeout(PATIENCE):
+            while reading.first == 1:  # what comes later keeps the log, not what is old in it
+                await rooms.publish(room)
+                reading = await rooms.read(room)
+
+        assert 1 < reading.first <= reading.top
+        assert (
+            offsets(reading) == list(range(reading.first, reading.top + 1))[-len(reading.events) :]
+        )
+        assert not reading.continues(0)
+        async with asyncio.timeout(PATIENCE):
+            while reading.events:
+                await asyncio.sleep(0.01)
+                reading = await rooms.read(room)
+        # The place is kept for whoever is there, and keys as long as they must.
+        assert (reading.first, reading.shared) == (reading.top + 1, reading.top)
+        assert reading.continues(reading.top)
+    finally:
+        await rooms.close()
+
+
+# --- reading together ----------------------------------------------------------------------
+
+
+async def test_readings_of_the_same_that_wait_together_are_one(
+    rooms: Rooms, valkey: Valkey, room: str
+) -> None:
+    await rooms.fill(room, 3)
+
+    def calls() -> int:
+        found = re.search(rb"cmdstat_evalsha:calls=(\d+)", valkey.command("INFO", "commandstats"))
+        assert found
+        return int(found[1])
+
+    before = calls()
+    alike = [rooms.read(room, after=1) for _ in range(1000)]
+    other = rooms.read(room, after=2)
+    readings = await asyncio.gather(*alike, other)
+
+    assert {tuple(offsets(reading)) for reading in readings[:-1]} == {(2, 3)}
+    assert offsets(readings[-1]) == [3]
+    assert calls() - before < 20
+
+
+async def test_a_reading_asked_for_after_an_answer_has_all_that_came_before_it(
+    rooms: Rooms, room: str
+) -> None:
+    for place in range(1, 50):
+        early = asyncio.ensure_future(rooms.read(room, after=0))
+        sent = await rooms.publish(room)
+        late = await rooms.read(room, after=0)
+        await early
+        assert sent.offset == place == late.top

@@ -398,13 +398,17 @@ class _Failing(Lane):
     when: Callable[[list[Argument]], bool] | None = None
 
     def submit(
-        self, command: list[Argument], done: Done, wanted: Callable[[], bool] | None = None
+        self,
+        command: list[Argument],
+        done: Done,
+        wanted: Callable[[], bool] | None = None,
+        weight: int = 1,
     ) -> None:
         if self.when is not None and self.when(command):
             self.when = None
             asyncio.get_running_loop().call_soon(done, StoreUnavailable("for the test"))
             return
-        super().submit(command, done, wanted)
+        super().submit(command, done, wanted, weight)
 
 
 async def test_writing_back_that_failed_half_way_is_done_again(own_valkey: Valkey) -> None:

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 START_SECONDS = 20.0
@@ -47,6 +49,7 @@ class Valkey:
             "--appendonly": "yes",
             "--appendfsync": "everysec",
             "--logfile": str(self.directory / "log"),
+            "--enable-debug-command": "yes",
         }
         command = [binary(), *(part for pair in arguments.items() for part in pair)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -95,6 +98,24 @@ class Valkey:
         """Kill it, then start it on the same directory: what it had written is there again."""
         self.kill()
         self.start()
+
+    @contextmanager
+    def older_copy(self) -> Iterator[Callable[[], None]]:
+        """What it has written until now; the function given puts that back in its place."""
+        copy = self.directory.with_suffix(".copy")
+        files = self.directory / "appendonlydir"
+        shutil.copytree(files, copy)
+
+        def put_back() -> None:
+            self.kill()
+            shutil.rmtree(files)
+            shutil.copytree(copy, files)
+            self.start()
+
+        try:
+            yield put_back
+        finally:
+            shutil.rmtree(copy)
 
     def stop(self) -> None:
         """End it, in whatever state it is."""

@@ -1,55 +1,54 @@
--- Read a run of a room's log, with the log's state at that moment.
+-- Read a run of a room's log, with the log's state at that moment. Begins with room.lua.
 --
--- KEYS  1 meta   hash: epoch, offset
---       2 log    stream, one entry an event: id <offset>-0, field e
--- ARGV  1 epoch to mint, should the room have none: a member of an empty room needs a position
+-- KEYS  1 meta, 2 log (room.lua)
+-- ARGV  1 epoch to mint, should a new one begin: a member of an empty room needs a position
 --       2 seconds that a room without events is remembered; renewed here
---       3 epoch that "after" belongs to, or "" for whichever there is
---       4 after: read onwards from here, or ""
---       5 before: read backwards from here, or "" for the end
---       6 at most so many events onwards, 7 at most so many backwards, 8 at most so many bytes
---       9 "1": when "after" is under the epoch but trimmed, read onwards from the oldest
+--       3 seconds to retain events
+--       4 epoch that "after" belongs to, or "" for whichever there is
+--       5 after: read onwards from here, or ""
+--       6 before: read backwards from here, or "" for the end
+--       7 at most so many events onwards, 8 at most so many backwards, 9 at most so many bytes
+--       10 "1": where "after" cannot be continued, but its epoch is known, read onwards from the
+--          nearest place that the log has
 -- Onwards when "after" can be continued without a hole, else backwards.
--- reply {epoch, top, first retained (top + 1 when empty), offset, event, offset, event ...},
+-- reply {epoch, top, first retained (top + 1 when empty), the last offset that the epoch asked for
+--        shares with this log (-1 for an unknown epoch), offset, event, offset, event ...},
 --       ascending; one event always fits
 local meta, log = KEYS[1], KEYS[2]
-local state = redis.call('HMGET', meta, 'epoch', 'offset')
-local epoch, top = state[1], tonumber(state[2] or '0')
-if not epoch then
-  redis.call('DEL', log)
-  epoch, top = ARGV[1], 0
-  redis.call('HSET', meta, 'epoch', epoch)
-end
+local epoch, top, past = enter(meta, log, ARGV[1])
 if redis.call('TTL', meta) < tonumber(ARGV[2]) then
   redis.call('EXPIRE', meta, ARGV[2])
 end
+local first = age(log, ARGV[3]) or top + 1
 
-local function offset_of(id)
-  return tonumber(string.match(id, '^%d+'))
+local shared = -1
+if ARGV[4] == '' or ARGV[4] == epoch then
+  shared = top
+else
+  for old, last in string.gmatch(past, '(%S+) (%S+) ') do
+    if old == ARGV[4] then
+      shared = tonumber(last)
+    end
+  end
 end
 
-local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)
-local first = top + 1
-if oldest[1] then
-  first = offset_of(oldest[1][1])
+local after, before = tonumber(ARGV[5]), tonumber(ARGV[6])
+local onwards = after and shared >= 0
+if onwards and ARGV[10] == '1' then
+  after = math.max(math.min(after, shared), first - 1)
+elseif onwards then
+  onwards = after >= first - 1 and after <= shared
 end
-
-local after, before = tonumber(ARGV[4]), tonumber(ARGV[5])
-local onwards = after and (ARGV[3] == '' or ARGV[3] == epoch)
-if onwards and ARGV[9] ~= '1' then
-  onwards = after >= first - 1 and after <= top
-end
-local wanted = tonumber(onwards and ARGV[6] or ARGV[7])
+local wanted = tonumber(onwards and ARGV[7] or ARGV[8])
 if before == 0 then
   wanted = 0 -- before the first place; (0-0 would be no valid id
 end
-local room = tonumber(ARGV[8])
+local room = tonumber(ARGV[9])
 
 -- In small steps, so that a thousand large events never stand in memory to be thrown away.
 local found = {}
 local full = false
-local id = onwards and string.format('%.0f-0', after + 1)
-  or (before and string.format('(%.0f-0', before) or '+')
+local id = onwards and exact(after + 1) .. '-0' or (before and '(' .. exact(before) .. '-0') or '+'
 while #found < wanted and not full do
   local step = math.min(16, wanted - #found)
   local entries
@@ -72,13 +71,14 @@ while #found < wanted and not full do
   end
 end
 
-local reply = {epoch, top, first}
+local reply = {epoch, top, first, shared}
 local from, to, by = 1, #found, 1
 if not onwards then
   from, to, by = #found, 1, -1
 end
 for i = from, to, by do
-  reply[#reply + 1] = offset_of(found[i][1])
-  reply[#reply + 1] = found[i][2][2]
+  local entry = found[i]
+  reply[#reply + 1] = place_of(entry[1])
+  reply[#reply + 1] = entry[2][2]
 end
 return reply
