@@ -37,9 +37,9 @@ NAMES = [
 class Rooms:
     """A RoomLog whose lanes run, with futures in place of callbacks."""
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, *, replicas: int = 0, **options: Any) -> None:
         self.store = Store(url)
-        lanes = self.store.lane(), self.store.lane()
+        lanes = self.store.lane(replicas=replicas), self.store.lane()
         options = {"history": HISTORY, "history_seconds": 600, "key_window": 60} | options
         self.log = RoomLog(*lanes, **options)
         self.tasks = [asyncio.create_task(lane.run()) for lane in lanes]

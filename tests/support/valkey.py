@@ -28,8 +28,10 @@ def binary() -> str:
 class Valkey:
     """One store. Everything is synchronous: it is a fixture, and its tests own the event loop."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **options: str) -> None:
+        """With these options of the server's own, such as ``port``."""
         self.directory = directory
+        self._options = options
         self.socket = directory / "s"
         assert len(str(self.socket)) < 100, "a Unix socket's path is at most 107 bytes"
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,10 +49,11 @@ class Valkey:
             "--dir": str(self.directory),
             "--save": "",
             "--appendonly": "yes",
-            "--appendfsync": "everysec",
+            "--appendfsync": "no",  # everysec may lose what it acked, when the disk is slow
             "--logfile": str(self.directory / "log"),
             "--enable-debug-command": "yes",
         }
+        arguments |= {f"--{name}": value for name, value in self._options.items()}
         command = [binary(), *(part for pair in arguments.items() for part in pair)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + START_SECONDS
