@@ -99,3 +99,12 @@ class Patience:
         self._refused += 1
         lasting = now - self._began >= FLOOD_SECONDS and self._refused >= FLOOD_REFUSALS
         return Verdict.DISCONNECT if lasting or self._refused >= FLOOD_HARD else Verdict.BEAR
+
+
+def judge_reader(
+    *, missing: int = 0, behind_for: float = 0.0, slow_seconds: float = 0.0
+) -> Verdict:
+    """A reader that is behind is borne until the log has dropped something that it needs next
+    (``missing`` events), or it has been behind for too long. Until then it costs its position."""
+    lost = missing > 0 or behind_for > slow_seconds
+    return Verdict.DISCONNECT if lost else Verdict.BEAR

@@ -24,6 +24,7 @@ from enum import Enum, auto
 from chatserver import telemetry
 from chatserver.core import errors, frames
 from chatserver.core.errors import Disconnect, StoreUnavailable
+from chatserver.core.flow import Verdict, judge_reader
 from chatserver.core.frames import Since
 from chatserver.core.room import Event, Feed, Reading, Step
 from chatserver.net.connection import Connection, Phase, text_frame
@@ -309,7 +310,9 @@ class Fanout:
         self._compare(member.room, reading)
         if not _receptive(member.connection):
             return
-        if reading.epoch == member.epoch and member.position < reading.first - 1:
+        # Under another epoch it is told with a reset where it goes on.
+        missing = reading.first - 1 - member.position if reading.epoch == member.epoch else 0
+        if judge_reader(missing=missing) is Verdict.DISCONNECT:
             self._disconnect(member.connection, errors.SLOW_CONSUMER)
             return
         self._settle(member, reading)

@@ -20,7 +20,7 @@ from chatserver import telemetry
 from chatserver.core import errors
 from chatserver.core.claims import Identity
 from chatserver.core.errors import Disconnect, ReplyCode, StoreUnavailable, TokenRefused
-from chatserver.core.flow import Limits
+from chatserver.core.flow import Limits, Verdict, judge_reader
 from chatserver.core.protocol import (
     PAGE_BYTES,
     Abandon,
@@ -547,7 +547,9 @@ class Hub:
             # Nobody is served now, so nobody is to blame.
             connection.lagging_since = time.monotonic()
             return False
-        return time.monotonic() - since > self._slow_seconds
+        behind_for = time.monotonic() - since
+        verdict = judge_reader(behind_for=behind_for, slow_seconds=self._slow_seconds)
+        return verdict is Verdict.DISCONNECT
 
     def _schedule(self, connection: Connection, at: float) -> None:
         connection.due_at = at

@@ -14,6 +14,7 @@ from chatserver.core.flow import (
     Limits,
     Patience,
     Verdict,
+    judge_reader,
 )
 
 # --- limits --------------------------------------------------------------------------------
@@ -192,3 +193,19 @@ def test_of_too_many_names_the_one_used_longest_ago_is_forgotten() -> None:
 
     assert budgets.spend("a", 100.0) == 1.0
     assert budgets.spend("b", 100.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("missing", "behind_for", "verdict"),
+    [
+        (0, 0.0, Verdict.BEAR),
+        (0, 30.0, Verdict.BEAR),
+        (0, 30.1, Verdict.DISCONNECT),
+        (1, 0.0, Verdict.DISCONNECT),
+        (-5, 1.0, Verdict.BEAR),
+    ],
+)
+def test_a_slow_reader_is_borne_while_the_log_has_what_it_needs_and_for_so_long(
+    missing: int, behind_for: float, verdict: Verdict
+) -> None:
+    assert judge_reader(missing=missing, behind_for=behind_for, slow_seconds=30.0) is verdict
