@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import structlog
-from benchmark import fanout, memory, revoke, rooms, sessions, wire
+from benchmark import fanout, memory, revoke, rooms, sessions, slow, storm, wire
 
 Result = dict[str, Any]
 SECONDS = 2.0
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         help="fanout: deliveries/s in one room, beside a C epoll loop and websockets' broadcast(); "
         "memory: per idle socket; revoke: until a user's sockets are closed; "
         "sessions: revoked one by one on two workers, and rotated; rooms: many small "
-        "rooms, sends/s and latency (default: all)",
+        "rooms, sends/s and latency; storm: a worker is killed, until its clients are back; "
+        "slow: readers that stop, and what the others notice "
+        "(default: all)",
     )
     parser.add_argument(
         "--seconds",
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"sockets of each benchmark (default: fanout 1000 receivers, memory "
         f"{memory.SOCKETS}, revoke {revoke.SOCKETS}, sessions {sessions.SOCKETS}, "
+        f"storm {storm.CLIENTS}, slow {slow.MEMBERS}, "
         f"rooms {rooms.ROOMS * rooms.MEMBERS})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
@@ -191,6 +194,42 @@ def _show_rooms(result: Result) -> None:
     _table(["", "figure"], rows)
 
 
+def _show_slow(result: Result) -> None:
+    print(f"  {result['members']} members, {slow.RATE} messages/s of {slow.BODY} bytes; then")
+    print(f"  {slow.STOPPED} of them stop reading and {slow.CRAWLING} read 1 kB/s for", end="")
+    print(f" {result['seconds']:.0f} s")
+    before, after = result["baseline"], result["disturbed"]
+    rows = [
+        ["p50 of the others", f"{before['p50']:.2f} ms", f"{after['p50']:.2f} ms"],
+        ["p99", f"{before['p99']:.2f} ms", f"{after['p99']:.2f} ms"],
+        ["  ratio", "1", f"{result['ratio']:.2f}"],
+        ["worker's memory, growth", f"{before['grown']:.1f} MB", f"{after['grown']:.1f} MB"],
+    ]
+    _table(["", "all read", "20 do not"], rows)
+    print(f"  the stopped read on: {result['complete']} of {slow.STOPPED} got everything, once and")
+    print(f"  in order, within {result['caught_up']:.1f} s; those at 1 kB/s in order: ", end="")
+    print("yes" if result["in_order"] else "NO")
+
+
+def _show_storm(result: Result) -> None:
+    print(
+        f"  {result['clients']:,} clients on two workers; one worker is killed, {result['hit']:,}"
+    )
+    print(f"  clients come back with full jitter; {result['sent']:,} messages meanwhile")
+    back = result["back"]
+    rows = [
+        ["handshakes and joins before", f"{result['entered']:,.0f} per second"],
+        ["back and caught up: p50", f"{back['p50']:.2f} s"],
+        ["  p99", f"{back['p99']:.2f} s"],
+        ["  the last", f"{back['max']:.2f} s"],
+        ["delivered", f"{result['delivered']:,}"],
+        ["lost, doubled", f"{result['lost']}, {result['doubled']}"],
+        ["rejoins without proof", f"{result['unrecovered']}"],
+        ["handshakes refused", str(result["refused"] or "none")],
+    ]
+    _table(["", "figure"], rows)
+
+
 def _three(shares: dict[str, float]) -> str:
     return " ".join(_percent(shares, name) for name in ("server", "client", "store"))
 
@@ -200,6 +239,8 @@ BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], Result], Callable[[Re
     "memory": (lambda options: memory.run(options.sockets), _show_memory),
     "revoke": (lambda options: revoke.run(options.sockets), _show_revoke),
     "sessions": (lambda options: sessions.run(options.sockets), _show_sessions),
+    "slow": (lambda options: slow.run(options.seconds, options.sockets), _show_slow),
+    "storm": (lambda options: storm.run(options.sockets), _show_storm),
     "rooms": (lambda options: rooms.run(options.seconds, options.sockets), _show_rooms),
 }
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -60,6 +60,15 @@ class Process:
     def waited_seconds(self) -> float:
         """How long it was ready to run and another process had its core."""
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers. Only of a whole server."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [
+            int(child)
+            for child in children
+            if b"\0worker\0" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
 
     def memory(self) -> int:
         """Resident bytes, after a collection of garbage. Only of a worker."""
@@ -119,15 +128,37 @@ class Rig:
 
     def worker(self, **more: str) -> Process:
         """The server itself, with ``SETTINGS`` and ``more`` of them."""
-        others = {
+        environment = self._environment() | SETTINGS | more
+        environment["CHATSERVER_SECRET"] = self.secret
+        environment["CHATSERVER_REDIS_URL"] = self.store_url
+        return self._python("worker.py", environment)
+
+    def serve(self, workers: int, **more: str) -> Process:
+        """The server as it is run: a supervisor and its workers."""
+        environment = self._environment() | SETTINGS | more
+        environment["CHATSERVER_SECRET"] = self.secret
+        environment["CHATSERVER_REDIS_URL"] = self.store_url
+        environment["PYTHONPATH"] = str(ROOT)
+        with _listening() as listener:
+            port = listener.getsockname()[1]
+        command = [sys.executable, "-m", "chatserver", "serve"]
+        command += ["--port", str(port), "--workers", str(workers)]
+        process = self._start("serve", command, environment=environment)
+        process.port = port
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(port):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the server does not start")
+            time.sleep(0.05)
+        return process
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        return {
             name: value
             for name, value in os.environ.items()
             if not name.upper().startswith("CHATSERVER_")
         }
-        environment = others | SETTINGS | more
-        environment["CHATSERVER_SECRET"] = self.secret
-        environment["CHATSERVER_REDIS_URL"] = self.store_url
-        return self._python("worker.py", environment)
 
     def broadcast(self) -> Process:
         return self._python("broadcast.py", dict(os.environ))
@@ -195,6 +226,16 @@ class Rig:
 def _end(popen: subprocess.Popen[bytes]) -> None:
     popen.kill()
     popen.wait()
+
+
+def _answers(port: int) -> bool:
+    """Whether the server answers HTTP; a bound port alone does not."""
+    with suppress(OSError), socket.socket() as probe:
+        probe.settimeout(1.0)
+        probe.connect(("127.0.0.1", port))
+        probe.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        return probe.recv(16).startswith(b"HTTP/1.1 ")
+    return False
 
 
 @contextmanager
