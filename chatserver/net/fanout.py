@@ -38,6 +38,8 @@ RECENT_TOTAL = 67_108_864
 """Recent events of one room, and of all: the rooms go first that were silent longest."""
 CHECK_SECONDS = 30.0
 """How often each room's position is compared with its log: pub/sub may lose the last message."""
+ROUND_TICKS = 60
+"""A round of looking at every room takes so many ticks: 15 seconds."""
 CONFIRM_SECONDS = 0.4
 """How long a join waits for its subscription; with a read after it, less than a second."""
 LINGER_SECONDS = 10.0
@@ -159,6 +161,9 @@ class Fanout:
         self._remembered: dict[Room, None] = {}
         """Rooms with recent events, the one that was silent longest first."""
         self._remembered_bytes = 0
+        self._round: list[Room] = []
+        """Rooms to be looked at before the next round begins."""
+        self._share = 1
         self.garbage = 0
         """Messages on the rooms' channels that were no events."""
 
@@ -403,6 +408,7 @@ class Fanout:
         waiting, room.waiting = room.waiting, []
         for read in waiting:
             read()
+        room.checked_at = time.monotonic()
         if again and room.feed.offset is not None:
             # A reading that is under way may have been taken before: one more is wanted after it.
             room.feed.miss()
@@ -549,12 +555,40 @@ class Fanout:
                 self._advance(member)
         for room in list(self._unrepaired):
             self._repair(room)
+        self._go_round()
+
+    def _go_round(self) -> None:
+        """Look at the next few rooms, so that each has its turn within half of CHECK_SECONDS."""
+        if not self._round:
+            self._round = list(self._rooms.values())
+            self._share = len(self._round) // ROUND_TICKS + 1
         now = time.monotonic()
-        for room in list(self._rooms.values()):
+        for room in self._round[-self._share :]:
+            if self._rooms.get(room.name) is not room:
+                continue
             if room.interest == 0 and now - room.left_at > LINGER_SECONDS:
                 self._drop(room)
-            elif now - room.checked_at > CHECK_SECONDS and room.confirmed:
+            elif room.confirmed and now - room.checked_at > CHECK_SECONDS / 2:
+                self._check(room)
+        del self._round[-self._share :]
+
+    def _check(self, room: Room) -> None:
+        """Compare the room's position with its log. Meanwhile it goes on as it was."""
+        feed = room.feed
+        if room.reading or feed.offset is None or feed.behind:
+            return  # it is being compared already
+        room.checked_at = time.monotonic()
+
+        def compare(reading: Reading | StoreUnavailable) -> None:
+            if isinstance(reading, StoreUnavailable):
+                self._unrepaired.add(room)
+            elif reading.epoch != feed.epoch or reading.top > (feed.offset or 0):
+                # Perhaps what is missing is only on its way; the next reading tells.
+                feed.miss()
+                self._unrepaired.add(room)
                 self._repair(room)
+
+        self._log.read(room.name, compare, backwards=0)
 
     def _drop(self, room: Room) -> None:
         del self._rooms[room.name]

@@ -272,6 +272,60 @@ async def test_a_lost_last_message_is_found_when_the_subscription_is_confirmed_a
     assert offsets(connection) == [1]
 
 
+async def test_a_lost_last_message_is_found_when_positions_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chatserver.net.fanout.CHECK_SECONDS", -1.0)
+    house = House()
+    connection = house.joined()
+    house.publish()
+    house.log.append()  # lost on the way, and nothing comes after it
+    house.fanout.tick()
+    house.log.answer_all()
+    await settle()
+
+    assert offsets(connection) == [1, 2]
+
+
+async def test_what_comes_while_positions_are_compared_is_not_held_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chatserver.net.fanout.CHECK_SECONDS", -1.0)
+    house = House()
+    connection = house.joined()
+    house.fanout.tick()
+    [(asked, compared)] = house.log.asked
+    house.log.asked.clear()
+    before = house.log.take(asked)
+    house.publish()
+    await settle()
+    assert offsets(connection) == [1]
+
+    compared(before)
+    assert house.log.asked == []  # it was only older than what is known
+
+
+async def test_every_room_is_looked_at_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatserver.net.fanout.CHECK_SECONDS", -1.0)
+    monkeypatch.setattr("chatserver.net.fanout.ROUND_TICKS", 10)
+    house = House()
+    asked: list[tuple[str, Answer]] = []
+    monkeypatch.setattr(house.log, "read", lambda room, done, **_: asked.append((room, done)))
+    for number in range(95):
+        house.fanout.join(f"room-{number}", None, 0, lambda reading: None)
+        house.fanout.confirm(channel(f"room-{number}"))
+    for _, done in asked:
+        done(Reading("e1", 0, 1, 0, []))
+    asked.clear()
+    looked_at: list[int] = []
+    for _ in range(10):
+        house.fanout.tick()
+        looked_at.append(len(asked) - sum(looked_at))
+
+    assert len({room for room, _ in asked}) == 95
+    assert max(looked_at) == 10
+
+
 async def test_a_failed_repair_is_tried_again() -> None:
     house = House()
     connection = house.joined()
