@@ -53,7 +53,7 @@ log = telemetry.logger(__name__)
 
 
 def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
-    """Serve on a bound socket until SIGTERM. Returns the exit code.
+    """Serve on a bound socket until SIGTERM, or until SIGHUP hands it over. Returns the exit code.
 
     ``ready`` is called once, when clients are accepted.
     """
@@ -123,12 +123,15 @@ class Worker:
             self._tick,
         ]
         self._stopping = asyncio.Event()
+        self._replaced = False
+        """Another worker serves on the same socket."""
         self._frozen = -FREEZE_CONNECTIONS
 
     async def serve(self, sock: socket.socket, ready: Callable[[], None]) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._be_replaced)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(run()) for run in self._running]
             try:
@@ -145,13 +148,21 @@ class Worker:
         ready()
         await self._stopping.wait()
         log.info("draining", connections=len(self._hub))
-        self._listener.stop()
+        if self._replaced:
+            self._listener.hand_over()
+        else:
+            self._listener.stop()
         await self._hub.drain(self._settings.drain_seconds)
         await self._listener.wait_emptied(GOODBYE_SECONDS)
         self._listener.close()
         await self._mirror.resign()
         log.info("stopped")
         return EXIT_OK
+
+    def _be_replaced(self) -> None:
+        if not self._stopping.is_set():
+            self._replaced = True
+            self._stopping.set()
 
     def _hear(self, channel: str, payload: bytes) -> None:
         self._hub.superseding.hear(payload)

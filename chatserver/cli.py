@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import shlex
@@ -129,7 +128,8 @@ def main() -> None:
 Example:
   chatserver serve --port 8001 --workers 2
 
-Ctrl-C once sends the clients away and ends; twice ends at once."""
+Ctrl-C once sends the clients away and ends; twice ends at once. SIGHUP replaces the
+workers one by one."""
 )
 @click.option("--host", help="Address to listen on.  [default: CHATSERVER_HOST or 127.0.0.1]")
 @click.option(
@@ -222,7 +222,7 @@ def control_url_of(settings: Settings) -> str:
 
 @main.command(hidden=True)
 @click.option("--fd", type=int, required=True, help="The listening socket.")
-@click.option("--ready-fd", type=int, required=True, help="Where to write a byte when serving.")
+@click.option("--ready-fd", type=int, required=True, help="Where to beat when serving.")
 @click.pass_context
 def worker(context: click.Context, fd: int, ready_fd: int) -> None:
     """Serve on a socket that the supervisor has bound. Only the supervisor calls this."""
@@ -230,18 +230,14 @@ def worker(context: click.Context, fd: int, ready_fd: int) -> None:
     telemetry.configure(settings.log_level)
     from chatserver import app
 
-    def ready() -> None:
-        os.write(ready_fd, b"1")
-        os.close(ready_fd)
-
     listener = socket.socket(fileno=fd)
     listener.setblocking(False)
-    context.exit(app.run(settings, listener, ready))
+    context.exit(app.run(settings, listener, supervisor.heartbeat(ready_fd)))
 
 
 @main.command(hidden=True)
 @click.option("--fd", type=int, required=True, help="The listening socket.")
-@click.option("--ready-fd", type=int, required=True, help="Where to write a byte when serving.")
+@click.option("--ready-fd", type=int, required=True, help="Where to beat when serving.")
 @click.pass_context
 def control(context: click.Context, fd: int, ready_fd: int) -> None:
     """Serve the control API on a socket that the supervisor has bound, which alone calls this."""
@@ -249,11 +245,8 @@ def control(context: click.Context, fd: int, ready_fd: int) -> None:
     telemetry.configure(settings.log_level)
     from chatserver import control as api
 
-    def ready() -> None:
-        os.write(ready_fd, b"1")
-        os.close(ready_fd)
-
-    context.exit(api.run(settings, socket.socket(fileno=fd), ready))
+    heartbeat = supervisor.heartbeat(ready_fd)
+    context.exit(api.run(settings, socket.socket(fileno=fd), heartbeat))
 
 
 # -- tokens -----------------------------------------------------------------------------------

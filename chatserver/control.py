@@ -47,12 +47,14 @@ from chatserver.store.sessions import Sessions
 REQUEST_BYTES = 1_048_576
 STOP_SECONDS = 5
 """How long requests under way may take when the process is told to stop."""
+HEAR_SECONDS = 0.25
+"""How long a request may take to follow its connection then."""
 
 log = telemetry.logger(__name__)
 
 
 def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
-    """Serve on a bound socket until SIGTERM. Returns the exit code.
+    """Serve on a bound socket until SIGTERM or SIGHUP. Returns the exit code.
 
     ``ready`` is called once, when requests are answered.
     """
@@ -106,11 +108,18 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn would hang up on those whom it has accepted and not yet heard."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(HEAR_SECONDS)
+        await super().shutdown(sockets)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own would end the process by the signal, which is no exit code of ours."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop)
         yield
 

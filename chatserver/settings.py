@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -104,14 +104,68 @@ def _text(secret: SecretStr) -> SecretStr:
     return secret
 
 
-def _store_url(secret: SecretStr) -> SecretStr:
+class StorePlace(NamedTuple):
+    """What CHATSERVER_REDIS_URL names."""
+
+    kind: Literal["single", "sentinel", "cluster"]
+    url: str
+    """Of a single store; else of none in particular, with user, password, database, options."""
+    hosts: tuple[tuple[str, int], ...] = ()
+    """The sentinels, or some nodes of the cluster."""
+    service: str = ""
+    """What the sentinels call the primary."""
+
+    def __repr__(self) -> str:
+        return f"<StorePlace {self.kind} {self.hosts} {self.service}>"
+
+
+_PLACES = re.compile(
+    r"(rediss?)\+(sentinel|cluster)://([^@/?#\s]*@)?([^@/?#\s]+)(/[^/?#\s]*)?(/\d{1,5})?/?(\?[^#\s]*)?"
+)
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]*))(?::(\d{1,5}))?")
+
+
+def store_place(url: str) -> StorePlace:
+    """Take a store's URL apart. Raises ValueError, which quotes nothing of it."""
     # urllib's own errors quote the URL, and with it the password.
     with suppress(ValueError):
-        url = urlsplit(secret.get_secret_value())
-        whole = url.path if url.scheme == "unix" else url.hostname
-        if url.scheme in ("redis", "rediss", "unix") and whole and url.port != 0:
-            return secret
-    raise ValueError("must be a URL such as redis://host:6379/0, rediss://… or unix:///path")
+        if match := _PLACES.fullmatch(url):
+            return _place(*match.groups(""))
+        parts = urlsplit(url)
+        whole = parts.path if parts.scheme == "unix" else parts.hostname
+        if parts.scheme in ("redis", "rediss", "unix") and whole and parts.port != 0:
+            return StorePlace("single", url)
+    raise ValueError(
+        "must be a URL such as redis://host:6379/0, rediss://… or unix:///path, "
+        "redis+sentinel://host1:26379,host2:26379/mymaster or redis+cluster://host1:6379,host2:6379"
+    )
+
+
+def _place(
+    scheme: str, kind: str, login: str, hosts: str, path: str, database: str, options: str
+) -> StorePlace:
+    service = path.strip("/")
+    if kind == "cluster" and (service not in ("", "0") or database):
+        raise ValueError("a cluster has no databases")
+    if kind == "sentinel" and not re.fullmatch(r"[A-Za-z0-9._-]+", service):
+        raise ValueError("the sentinels must be told which primary is meant")
+    default = 6379 if kind == "cluster" else 26379
+    found = tuple(_host_and_port(text, default) for text in hosts.split(","))
+    url = f"{scheme}://{login}host{database}{options}"
+    return StorePlace("cluster" if kind == "cluster" else "sentinel", url, found, service)
+
+
+def _host_and_port(text: str, default: int) -> tuple[str, int]:
+    match = _HOST.fullmatch(text)
+    port = int(match[2] or default) if match else 0
+    if match is None or not 0 < port < 65536:
+        raise ValueError("not a host, or not a port")
+    return match[1].strip("[]"), port
+
+
+def _store_url(secret: SecretStr) -> SecretStr:
+    store_place(secret.get_secret_value())
+    return secret
 
 
 def _data_dir() -> Path:
@@ -174,7 +228,8 @@ class Settings(BaseSettings):
     )
     redis_url: StoreUrl | None = Field(
         None,
-        description="the Redis or Valkey that all workers and hosts share; without it development "
+        description="the Redis or Valkey that all workers and hosts share: `redis://host:6379/0`, "
+        "`rediss://…`, `unix:///path`, or one of those [below](#the-store); without it development "
         "starts a private one",
     )
     host: str = Field("127.0.0.1", description="address to listen on; `0.0.0.0` is all of them")

@@ -5,8 +5,10 @@ that a slot's queue of connections outlives any worker in it. It serves nobody i
 runs on one asyncio loop in the main thread, which must be the one that starts children (see
 ``tethered``).
 
-What a worker owes: one byte on ``--ready-fd`` as soon as it serves, a drain on SIGTERM, and the
-exit codes below.
+What a worker owes: one byte on ``--ready-fd`` as soon as it serves and one a second from then on
+(``heartbeat``), a drain on SIGTERM and on SIGHUP, and the exit codes below. SIGTERM means that the
+host goes: newcomers are turned away. SIGHUP means that another worker has come to the same socket:
+the newcomers are that one's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import ssl
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Final, NamedTuple
 
@@ -49,6 +51,12 @@ KILL_SECONDS = 10.0
 EXIT_SECONDS = 2.0
 """How long a worker that failed to start may take to say so with its exit code."""
 BIND_SECONDS = 1.0
+SYNC_SECONDS = 1.0
+"""How much of the private store's writing a machine that dies may lose, but for the sync's time."""
+BEAT_SECONDS = 1.0
+HUNG_BEATS = 5
+"""So many of the supervisor's own seconds without a beat, and a process hangs. No clock is read:
+where both were stopped together, a suspended host, none of them has passed."""
 
 WORKER: Final = (sys.executable, "-m", "chatserver", "worker")
 CONTROL: Final = (sys.executable, "-m", "chatserver", "control")
@@ -100,8 +108,8 @@ def run(
             log.info("control_bound", host=settings.control_host, port=settings.control_port)
         store = None if settings.redis_url else EmbeddedStore(settings.data_dir)
         settled = _settled(settings, address, store)
-        supervisor = Supervisor(settled, slots, store)
-        return asyncio.run(supervisor.run(lambda: on_ready(address)))
+        supervisor = Supervisor(settled, slots, store, lambda: on_ready(address))
+        return asyncio.run(supervisor.run())
 
 
 def refusals(settings: Settings) -> list[str]:
@@ -275,6 +283,187 @@ class Restarts:
         return delay
 
 
+class Child:
+    """One process in a slot, and the pipe on which it shows that it lives."""
+
+    def __init__(self, process: asyncio.subprocess.Process, pulse: int) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._pulse = pulse
+        # One for all who wait: asyncio keeps what is left of every wait that was given up.
+        self._exit = asyncio.create_task(process.wait())
+
+    @classmethod
+    async def start(cls, slot: Slot, environment: Mapping[str, str]) -> Child:
+        """Raises OSError: no memory, no processes left."""
+        pulse, writing = os.pipe()
+        listener = slot.listener.fileno()
+        command = [*slot.command, "--fd", str(listener), "--ready-fd", str(writing)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                # SIGKILL: an orphan that hangs must not keep the port.
+                *tethered(command, signal.SIGKILL),
+                env=environment,
+                pass_fds=(listener, writing),
+                stdin=asyncio.subprocess.DEVNULL,
+                # Ctrl-C in the terminal is for the supervisor alone, which then tells the workers.
+                process_group=0,
+            )
+        except OSError:
+            os.close(pulse)
+            raise
+        finally:
+            os.close(writing)
+        os.set_blocking(pulse, False)
+        return cls(process, pulse)
+
+    async def wait_ready(self, seconds: float) -> bool:
+        """Whether it beats for the first time; False at once when it ends without."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._pulse, readable.set)
+        try:
+            async with asyncio.timeout(seconds):
+                await readable.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._pulse)
+        return self.has_beaten()
+
+    def has_beaten(self) -> bool:
+        """Since the last time that this was asked."""
+        try:
+            return os.read(self._pulse, 65_536) != b""
+        except BlockingIOError:
+            return False
+
+    async def gone(self, seconds: float) -> bool:
+        done, _ = await asyncio.wait([self._exit], timeout=seconds)
+        return bool(done)
+
+    async def end(self) -> int:
+        """Wait for its end. Returns its exit status, negative for a signal."""
+        status = await self._exit
+        os.close(self._pulse)
+        return status
+
+    def send(self, number: signal.Signals) -> bool:
+        """Whether it was still there to get the signal."""
+        if self._process.returncode is not None:
+            return False
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+            return True
+        return False
+
+
+def heartbeat(descriptor: int) -> Callable[[], None]:
+    """What a worker calls, on its event loop, when it serves: from then on the loop beats."""
+    os.set_blocking(descriptor, False)
+
+    def beat() -> None:
+        # Full: the supervisor has not read for hours. Broken: it is gone, see ``tethered``.
+        with suppress(BlockingIOError, BrokenPipeError):
+            os.write(descriptor, b"1")
+        asyncio.get_running_loop().call_later(BEAT_SECONDS, beat)
+
+    return beat
+
+
+class Keeper:
+    """Has a process in a slot, and starts another when that one dies, until it is relieved.
+
+    A rolling restart gives a slot a second keeper, and relieves the first as soon as the second
+    one's process serves. Until then either goes its own way: whichever process dies, and whenever,
+    there is never a slot that two believe to be theirs, or nobody.
+    """
+
+    def __init__(
+        self,
+        place: int,
+        slot: Slot,
+        environment: Mapping[str, str],
+        started: asyncio.Event,
+        on_ready: Callable[[], None],
+    ) -> None:
+        self.ready = False
+        self.over = asyncio.Event()
+        self._place = place
+        self._slot = slot
+        self._environment = environment
+        self._started = started
+        self._on_ready = on_ready
+        self._relieved = asyncio.Event()
+        self._child: Child | None = None
+        self._born = 0.0
+
+    def report(self, report: Callable[..., None], event: str, **details: object) -> None:
+        """A line of the log about this slot."""
+        report(f"{self._slot.name}_{event}", slot=self._place, **details)
+
+    async def start(self) -> bool:
+        """Start a process; whether it serves. One that does not in time is killed."""
+        self._child, self._born = None, time.monotonic()
+        try:
+            child = self._child = await Child.start(self._slot, self._environment)
+        except OSError as error:  # As good as dead.
+            self.report(log.error, "not_started", reason=error.strerror)
+            return False
+        if self._relieved.is_set():
+            child.send(signal.SIGTERM)
+        if await child.wait_ready(READY_SECONDS):
+            self.ready = True
+            self.report(log.info, "ready", pid=child.pid)
+            self._on_ready()
+        elif not await child.gone(EXIT_SECONDS) and not self._relieved.is_set():
+            child.send(signal.SIGKILL)
+        return self.ready
+
+    async def watch(self) -> int:
+        """Wait for the end of the process; its exit status. One that hangs is killed."""
+        if self._child is None:
+            return EXIT_INTERNAL
+        silent = 0
+        while self.ready and not await self._child.gone(BEAT_SECONDS):
+            silent = 0 if self._child.has_beaten() else silent + 1
+            if silent == HUNG_BEATS:
+                why = f"It has not moved for {HUNG_BEATS} s, and is killed."
+                self.report(log.error, "hung", pid=self._child.pid, reason=why)
+                self._child.send(signal.SIGKILL)
+        return await self._child.end()
+
+    async def keep(self) -> int:
+        """Once started, until relieved. Returns the code to end the host with, else EXIT_OK."""
+        restarts = Restarts()
+        while True:
+            status = await self.watch()
+            was_ready, self.ready = self.ready, False
+            if self._relieved.is_set():
+                return EXIT_OK
+            now = time.monotonic()
+            delay = restarts.died(now, lived=now - self._born, was_ready=was_ready)
+            if delay is None and self._started.is_set() and not self._slot.vital:
+                delay = Restarts.LONGEST_DELAY
+            self.report(log.error, "died", status=status, ready=was_ready, restart_in=delay)
+            final = status in (EXIT_STORE, EXIT_CONFIGURATION)
+            if delay is None or (final and not self._started.is_set()):
+                return status if final else EXIT_INTERNAL
+            if await _set_within(self._relieved, delay):
+                return EXIT_OK
+            await self.start()
+
+    def relieve(self, number: signal.Signals) -> None:
+        """Start no process any more; the last one is told with this signal to drain."""
+        self._relieved.set()
+        if self._child is not None:
+            self._child.send(number)
+
+    def kill(self) -> None:
+        if self._child is not None and self._child.send(signal.SIGKILL):
+            self.report(log.warning, "killed", pid=self._child.pid)
+
+
 class Supervisor:
     """The children of one host, from the first start to the last exit."""
 
@@ -283,26 +472,32 @@ class Supervisor:
         settings: Settings,
         slots: Sequence[Slot],
         store: EmbeddedStore | None,
+        on_ready: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._environ = environ(settings)
+        self._patience = settings.drain_seconds + KILL_SECONDS
         self._slots = slots
         self._store = store
-        self._workers: dict[int, asyncio.subprocess.Process] = {}
-        self._ready: set[int] = set()
-        self._started = False
+        self._on_ready = on_ready
+        self._keepers: list[Keeper] = []
+        """By slot."""
+        self._everyone: set[Keeper] = set()
+        """Those, who was relieved and is still there, and who is to take over."""
+        self._started = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._to_roll = asyncio.Event()
         self._child_died = asyncio.Event()
         self._exit_code = EXIT_OK
 
-    async def run(self, on_ready: Callable[[], None]) -> int:
+    async def run(self) -> int:
         self._listen_to_signals()
         try:
             if self._store is not None:
                 await self._start_store(self._store)
-            await self._serve(on_ready)
+            await self._serve()
         finally:
-            self._kill_workers()
+            self._kill_all()
             if self._store is not None:
                 self._store.stop()
         log.info("stopped", exit_code=self._exit_code)
@@ -311,25 +506,57 @@ class Supervisor:
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled, number)
+            loop.add_signal_handler(number, self._told_to_stop, number)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As under nohup.
-            loop.add_signal_handler(signal.SIGHUP, self._signalled, signal.SIGHUP)
+            loop.add_signal_handler(signal.SIGHUP, self._hung_up, _has_terminal())
         loop.add_signal_handler(signal.SIGCHLD, self._child_died.set)
 
-    def _signalled(self, number: signal.Signals) -> None:
+    def _told_to_stop(self, number: signal.Signals) -> None:
         if self._stopping.is_set():
             log.warning("stopping_at_once", signal=number.name)
-            self._kill_workers()
+            self._kill_all()
         else:
             log.info("draining", signal=number.name)
             self._stop(EXIT_OK)
 
-    async def _serve(self, on_ready: Callable[[], None]) -> None:
+    def _hung_up(self, had_terminal: bool) -> None:
+        """By an operator, who wants new processes; or by a terminal that has closed."""
+        if had_terminal and not _has_terminal():
+            self._told_to_stop(signal.SIGHUP)
+        elif not self._stopping.is_set():
+            self._to_roll.set()
+
+    async def _serve(self) -> None:
+        self._keepers = [self._keeper(place) for place in range(len(self._slots))]
         async with asyncio.TaskGroup() as tasks:
-            for slot in range(len(self._slots)):
-                tasks.create_task(self._keep(slot, on_ready))
+            for keeper in self._keepers:
+                tasks.create_task(self._begin(keeper))
+            tasks.create_task(self._roll_when_told(tasks))
             if self._store is not None:
                 tasks.create_task(self._keep_store(self._store))
+                tasks.create_task(self._sync_store(self._store))
+
+    def _keeper(self, place: int) -> Keeper:
+        slot = self._slots[place]
+        keeper = Keeper(place, slot, self._environ, self._started, self._became_ready)
+        self._everyone.add(keeper)
+        return keeper
+
+    def _became_ready(self) -> None:
+        if not self._started.is_set() and all(keeper.ready for keeper in self._keepers):
+            self._started.set()
+            self._on_ready()
+
+    async def _begin(self, keeper: Keeper) -> None:
+        await keeper.start()
+        await self._keep(keeper)
+
+    async def _keep(self, keeper: Keeper) -> None:
+        code = await keeper.keep()
+        self._everyone.discard(keeper)
+        keeper.over.set()
+        if code != EXIT_OK:
+            self._stop(code)
 
     def _stop(self, code: int) -> None:
         """Let the workers drain, then end with ``code``. Only the first reason counts."""
@@ -338,90 +565,70 @@ class Supervisor:
         self._exit_code = code
         self._stopping.set()
         self._child_died.set()
-        for worker in self._workers.values():
-            _send(worker, signal.SIGTERM)
-        patience = self._settings.drain_seconds + KILL_SECONDS
-        asyncio.get_running_loop().call_later(patience, self._kill_workers)
+        self._to_roll.set()
+        for keeper in self._everyone:
+            keeper.relieve(signal.SIGTERM)
+        asyncio.get_running_loop().call_later(self._patience, self._kill_all)
 
-    def _kill_workers(self) -> None:
-        for slot, worker in self._workers.items():
-            if _send(worker, signal.SIGKILL):
-                log.warning(f"{self._slots[slot].name}_killed", slot=slot, pid=worker.pid)
+    def _kill_all(self) -> None:
+        for keeper in self._everyone:
+            keeper.kill()
 
-    async def _keep(self, slot: int, on_ready: Callable[[], None]) -> None:
-        """Have a process in this slot until the supervisor stops."""
-        restarts = Restarts()
-        while not self._stopping.is_set():
-            born = time.monotonic()
-            status = await self._live(slot, on_ready)
-            was_ready = slot in self._ready
-            self._ready.discard(slot)
+    async def _roll_when_told(self, tasks: asyncio.TaskGroup) -> None:
+        """Who is told while a round is under way makes one more."""
+        while True:
+            await self._to_roll.wait()
+            self._to_roll.clear()
             if self._stopping.is_set():
                 return
-            now = time.monotonic()
-            delay = restarts.died(now, lived=now - born, was_ready=was_ready)
-            if delay is None and self._started and not self._slots[slot].vital:
-                delay = Restarts.LONGEST_DELAY
-            log.error(
-                f"{self._slots[slot].name}_died",
-                slot=slot,
+            await self._roll(tasks)
+
+    async def _roll(self, tasks: asyncio.TaskGroup) -> None:
+        """Replace every process, one at a time: there is room for one more, not for all twice."""
+        if reasons := refusals(self._settings):  # The certificate is another by now.
+            log.error("not_rolling", reasons=reasons)
+            return
+        log.info("rolling")
+        for place in range(len(self._slots)):
+            successor = self._keeper(place)
+            if not await successor.start():
+                await self._give_up(successor)
+                return
+            predecessor, self._keepers[place] = self._keepers[place], successor
+            self._became_ready()
+            tasks.create_task(self._keep(successor))
+            await self._see_off(predecessor)
+            if self._stopping.is_set():
+                return
+        log.info("rolled")
+
+    async def _give_up(self, successor: Keeper) -> None:
+        status = await successor.watch()
+        self._everyone.discard(successor)
+        if not self._stopping.is_set():
+            successor.report(
+                log.error,
+                "not_replaced",
                 status=status,
-                ready=was_ready,
-                restart_in=delay,
+                reason="The new process did not get ready. The old one serves on, and so do all "
+                "that had not been replaced. Its own lines say why; then send SIGHUP again.",
             )
-            final = status in (EXIT_STORE, EXIT_CONFIGURATION)
-            if delay is None or (final and not self._started):
-                self._stop(status if final else EXIT_INTERNAL)
-            else:
-                await self._pause(delay)
 
-    async def _live(self, slot: int, on_ready: Callable[[], None]) -> int:
-        """One worker's life. Returns its exit status, negative for a signal."""
-        reading, writing = os.pipe()
-        try:
-            worker = await self._start_worker(slot, writing)
-        except OSError as error:  # No memory, no processes left: as good as dead.
-            os.close(reading)
-            log.error(f"{self._slots[slot].name}_not_started", slot=slot, reason=error.strerror)
-            return EXIT_INTERNAL
-        finally:
-            os.close(writing)
-        self._workers[slot] = worker
-        if self._stopping.is_set():
-            _send(worker, signal.SIGTERM)
-        if await _first_byte(reading, READY_SECONDS):
-            self._became_ready(slot, worker.pid, on_ready)
-        elif not await _gone(worker, EXIT_SECONDS) and not self._stopping.is_set():
-            _send(worker, signal.SIGKILL)
-        status = await worker.wait()
-        del self._workers[slot]
-        return status
-
-    async def _start_worker(self, slot: int, writing: int) -> asyncio.subprocess.Process:
-        listener = self._slots[slot].listener.fileno()
-        command = [*self._slots[slot].command, "--fd", str(listener), "--ready-fd", str(writing)]
-        return await asyncio.create_subprocess_exec(
-            # SIGKILL: an orphan that hangs must not keep the port.
-            *tethered(command, signal.SIGKILL),
-            env=self._environ,
-            pass_fds=(listener, writing),
-            stdin=asyncio.subprocess.DEVNULL,
-            # Ctrl-C in the terminal is for the supervisor alone, which then tells the workers.
-            process_group=0,
-        )
-
-    def _became_ready(self, slot: int, pid: int, on_ready: Callable[[], None]) -> None:
-        self._ready.add(slot)
-        log.info(f"{self._slots[slot].name}_ready", slot=slot, pid=pid)
-        if len(self._ready) == len(self._slots) and not self._started:
-            self._started = True
-            on_ready()
+    async def _see_off(self, predecessor: Keeper) -> None:
+        predecessor.relieve(signal.SIGHUP)
+        if not await _set_within(predecessor.over, self._patience):
+            predecessor.kill()
+            await predecessor.over.wait()
 
     async def _start_store(self, store: EmbeddedStore) -> None:
         store.launch()
         # It only waits: what starts the process must stay in this thread.
         await asyncio.to_thread(store.wait_ready)
         log.info("store_ready", pid=store.pid)
+
+    async def _sync_store(self, store: EmbeddedStore) -> None:
+        while not await _set_within(self._stopping, SYNC_SECONDS):
+            await asyncio.to_thread(store.sync)
 
     async def _keep_store(self, store: EmbeddedStore) -> None:
         """Start the store again when it dies: its log has everything."""
@@ -438,7 +645,7 @@ class Supervisor:
             if delay is None:
                 self._stop(EXIT_STORE)
                 continue
-            await self._pause(delay)
+            await _set_within(self._stopping, delay)
             born = time.monotonic()
             try:
                 await self._start_store(store)
@@ -446,46 +653,17 @@ class Supervisor:
                 log.error("store_not_started", reason=str(error))
                 self._stop(EXIT_STORE)
 
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
 
-
-def _send(worker: asyncio.subprocess.Process, number: signal.Signals) -> bool:
-    """Whether the worker was still there to get the signal."""
-    if worker.returncode is not None:
-        return False
-    with suppress(ProcessLookupError):
-        worker.send_signal(number)
-        return True
-    return False
-
-
-async def _gone(worker: asyncio.subprocess.Process, seconds: float) -> bool:
-    try:
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            await worker.wait()
-    except TimeoutError:
+            await event.wait()
+    return event.is_set()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
         return False
     return True
-
-
-async def _first_byte(reading: int, seconds: float) -> bool:
-    """Whether a byte arrives in time; False at once when the other end is closed without one."""
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Future[bool] = loop.create_future()
-
-    def readable() -> None:
-        loop.remove_reader(reading)
-        arrived.set_result(os.read(reading, 1) != b"")
-
-    loop.add_reader(reading, readable)
-    try:
-        async with asyncio.timeout(seconds):
-            return await arrived
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(reading)
-        os.close(reading)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +35,10 @@ from chatserver.store.embedded import StoreFailed
 telemetry.configure("info")
 supervisor.Restarts.FIRST_DELAY = 0.01
 supervisor.Restarts.LONGEST_DELAY = 0.02
+supervisor.BEAT_SECONDS = float(os.environ.get("BEAT", "1"))
+if "TERMINAL" in os.environ:
+    os.setsid()
+    os.open(os.environ["TERMINAL"], os.O_RDWR)
 if "IMPATIENT" in os.environ:
     supervisor.READY_SECONDS = 2.0
     supervisor.EXIT_SECONDS = supervisor.KILL_SECONDS = 0.1
@@ -45,28 +51,39 @@ except (ConfigurationError, StoreFailed) as error:
     sys.exit(str(error))
 """
 
-# Answers each connection with its process id. What it does otherwise is in the file `orders`.
+# Answers each connection with its process id. What it does otherwise is in the file `orders`. In
+# `lives` it says when it comes, and with a minus when it goes.
 WORKER = """
-import os, pathlib, signal, socket, sys, time
+import os, pathlib, signal, socket, sys, threading, time
 
 _, orders, _, fd, _, ready = sys.argv
 orders = pathlib.Path(orders)
 word, _, argument = orders.read_text().partition(" ")
-with orders.with_name("lives").open("a") as lives:
-    print(os.getpid(), file=lives)
+
+def live(sign):
+    with orders.with_name("lives").open("a") as lives:
+        print(f"{sign}{os.getpid()}", file=lives)
+
+def leave(*_):
+    live("-")
+    sys.exit(0)
+
+def beat():
+    while word != "mute" and os.write(int(ready), b"1"):
+        time.sleep(0.02)
+
+live("")
 if word == "once":
     orders.write_text("serve")
 if word in ("exit", "once"):
     sys.exit(int(argument))
 if word == "hang":
     time.sleep(60)
-if word == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-else:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if word == "deaf" else leave)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if word in ("deaf", "lingers") else leave)
 listener = socket.socket(fileno=int(fd))
 os.write(int(ready), b"1")
-os.close(int(ready))
+threading.Thread(target=beat, daemon=True).start()
 while True:
     with listener.accept()[0] as client:
         if word == "crash":
@@ -99,12 +116,14 @@ def gone(pid: int) -> bool:
 class Host:
     """A running supervisor and what its workers are told."""
 
-    def __init__(self, directory: Path, order: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, directory: Path, order: str, environment: dict[str, str], *before: str
+    ) -> None:
         self._orders = directory / "orders"
         self._log = directory / "log"
         (directory / "worker.py").write_text(WORKER)
         self.order(order)
-        command = [sys.executable, "-c", SUPERVISOR, str(directory / "worker.py")]
+        command = [*before, sys.executable, "-c", SUPERVISOR, str(directory / "worker.py")]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, str(self._orders)],
@@ -136,11 +155,18 @@ class Host:
 
     def lives(self) -> list[int]:
         """Every worker that ever started."""
+        return [pid for pid in self._comings_and_goings() if pid > 0]
+
+    def most_at_once(self) -> int:
+        """Of those that came, and went when they were told to."""
+        return max(accumulate((1 if pid > 0 else -1) for pid in self._comings_and_goings()))
+
+    def _comings_and_goings(self) -> list[int]:
         path = self._orders.with_name("lives")
         return [int(line) for line in path.read_text().split()] if path.exists() else []
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        lines = map(json.loads, self._log.read_text().splitlines())
+        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
         return [line for line in lines if line["event"] == name]
 
     def exit_code(self) -> int:
@@ -164,6 +190,9 @@ class StartHost(Protocol):
         *,
         control: str = "",
         impatient: bool = False,
+        beat: float = 1.0,
+        terminal: str = "",
+        before: Sequence[str] = (),
         **settings: object,
     ) -> Host: ...
 
@@ -173,7 +202,14 @@ def start_host(tmp_path: Path) -> Iterator[StartHost]:
     with ExitStack() as running:
 
         def start(
-            order: str = "serve", *, control: str = "", impatient: bool = False, **settings: object
+            order: str = "serve",
+            *,
+            control: str = "",
+            impatient: bool = False,
+            beat: float = 1.0,
+            terminal: str = "",
+            before: Sequence[str] = (),
+            **settings: object,
         ) -> Host:
             given: dict[str, object] = {
                 "secret": secrets.token_hex(32),
@@ -183,8 +219,11 @@ def start_host(tmp_path: Path) -> Iterator[StartHost]:
                 **settings,
             }
             environment = {f"CHATSERVER_{k.upper()}": str(v) for k, v in given.items()}
+            environment["BEAT"] = str(beat)
             if impatient:
                 environment["IMPATIENT"] = "1"
+            if terminal:
+                environment["TERMINAL"] = terminal
             if control:
                 path = tmp_path / "control-orders"
                 path.write_text(control)
@@ -193,7 +232,7 @@ def start_host(tmp_path: Path) -> Iterator[StartHost]:
                     "CHATSERVER_CONTROL_KEY": secrets.token_urlsafe(48),
                     "CHATSERVER_CONTROL_PORT": "0",
                 }
-            host = Host(tmp_path, order, environment)
+            host = Host(tmp_path, order, environment, *before)
             running.enter_context(closing(host))
             return host
 
@@ -230,7 +269,7 @@ def test_nothing_is_ready_before_every_worker_is(start_host: StartHost) -> None:
     assert len(host.events("worker_died")) >= 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_drains(start_host: StartHost, number: signal.Signals) -> None:
     host = start_host()
     host.wait_ready()
@@ -261,6 +300,285 @@ def test_a_worker_that_never_ends_its_drain_is_killed(start_host: StartHost) -> 
 
     assert host.exit_code() == 0
     assert len(host.events("worker_killed")) == 1
+
+
+def test_a_terminal_that_closes_drains(start_host: StartHost) -> None:
+    """The server would go on with nobody to stop it."""
+    master, terminal = pty.openpty()
+    host = start_host(terminal=os.ttyname(terminal))
+    os.close(terminal)
+    host.wait_ready()
+
+    os.close(master)
+
+    assert host.exit_code() == 0
+    assert [event["signal"] for event in host.events("draining")] == ["SIGHUP"]
+
+
+class TestRollingRestart:
+    """SIGHUP: new processes for old ones, one by one."""
+
+    def test_every_process_is_replaced_and_there_is_never_more_than_one_extra(
+        self, start_host: StartHost
+    ) -> None:
+        host = start_host(control="serve", workers=3)
+        host.wait_ready()
+        before = host.lives()
+
+        host.signal(signal.SIGHUP)
+        eventually(lambda: host.events("rolled"))
+
+        after = host.lives()
+        assert len(before) == 4
+        assert len(set(after)) == 8
+        assert host.most_at_once() == 5
+        eventually(lambda: all(map(gone, before)))
+        assert not any(map(gone, set(after) - set(before)))
+        assert host.events("worker_died") == []
+        assert host.events("worker_killed") == []
+
+    def test_the_old_one_goes_only_when_the_new_one_serves_and_leaves_it_the_queue(
+        self, start_host: StartHost
+    ) -> None:
+        host = start_host("single", drain_seconds=1)
+        port = host.wait_ready()
+        first, _, _ = host.ask(port)
+        host.order("hang")
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as waiting:
+            host.signal(signal.SIGHUP)
+            eventually(lambda: len(host.lives()) == 2)
+            assert not gone(first)
+            host.order("serve")
+            os.kill(host.lives()[1], signal.SIGKILL)
+            eventually(lambda: host.events("worker_not_replaced"))
+            host.signal(signal.SIGHUP)
+
+            answer = waiting.makefile("rb").read()
+
+        assert int(answer.split()[0]) == host.lives()[2]
+        eventually(lambda: gone(first))
+
+    @pytest.mark.parametrize("order", ["exit 1", "exit 69", "exit 78", "hang"])
+    def test_one_that_does_not_start_leaves_its_predecessor_and_all_others_alone(
+        self, start_host: StartHost, order: str
+    ) -> None:
+        host = start_host(impatient=True, workers=2)
+        port = host.wait_ready()
+        before = host.lives()
+        host.order(order)
+
+        host.signal(signal.SIGHUP)
+        eventually(lambda: host.events("worker_not_replaced"))
+
+        assert host.ask(port)[0] in before
+        assert not any(map(gone, before))
+        assert len(host.lives()) == 3
+        assert host.events("worker_not_replaced")[0]["level"] == "error"
+
+        host.order("serve")
+        host.signal(signal.SIGHUP)
+        eventually(lambda: host.events("rolled"))
+        host.signal(signal.SIGTERM)
+
+        assert host.exit_code() == 0
+        assert len(host.lives()) == 5
+
+    def test_told_again_in_the_middle_it_makes_one_more_round(self, start_host: StartHost) -> None:
+        host = start_host("lingers", impatient=True, drain_seconds=1)
+        host.wait_ready()
+        host.order("serve")
+
+        host.signal(signal.SIGHUP)
+        eventually(lambda: len(host.events("worker_ready")) == 2)
+        for _ in range(3):
+            host.signal(signal.SIGHUP)
+        eventually(lambda: len(host.events("rolled")) == 2)
+        host.signal(signal.SIGTERM)
+
+        assert host.exit_code() == 0
+        assert len(host.lives()) == 3
+        assert len(host.events("rolling")) == 2
+
+    def test_a_predecessor_that_does_not_go_is_killed(self, start_host: StartHost) -> None:
+        host = start_host("deaf", impatient=True)
+        port = host.wait_ready()
+        host.order("serve")
+
+        host.signal(signal.SIGHUP)
+        eventually(lambda: host.events("rolled"))
+
+        first, second = host.lives()
+        assert [event["pid"] for event in host.events("worker_killed")] == [first]
+        assert host.ask(port)[0] == second
+
+    def test_a_stop_in_the_middle_drains_the_old_and_the_new(self, start_host: StartHost) -> None:
+        host = start_host("lingers", drain_seconds=3600, workers=2)
+        host.wait_ready()
+
+        host.signal(signal.SIGHUP)
+        eventually(lambda: len(host.events("worker_ready")) == 3)
+        host.signal(signal.SIGTERM)
+
+        assert host.exit_code() == 0
+        assert len(host.lives()) == 3
+        assert host.events("worker_killed") == []
+        assert host.events("rolled") == []
+
+    def test_a_stop_while_the_new_one_starts_is_no_failure(self, start_host: StartHost) -> None:
+        host = start_host(drain_seconds=3600)
+        host.wait_ready()
+        host.order("hang")
+
+        host.signal(signal.SIGHUP)
+        eventually(lambda: len(host.lives()) == 2)
+        host.signal(signal.SIGTERM)
+
+        assert host.exit_code() == 0
+        assert host.events("worker_not_replaced") == []
+
+    def test_a_new_one_that_dies_while_the_old_one_drains_is_started_again(
+        self, start_host: StartHost
+    ) -> None:
+        host = start_host("lingers", drain_seconds=3600)
+        port = host.wait_ready()
+        host.order("serve")
+        host.signal(signal.SIGHUP)
+        eventually(lambda: len(host.events("worker_ready")) == 2)
+        first, second = host.lives()
+
+        os.kill(second, signal.SIGKILL)
+        eventually(lambda: len(host.events("worker_ready")) == 3)
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: host.events("rolled"))
+
+        assert host.ask(port)[0] == host.lives()[2]
+        assert [event["status"] for event in host.events("worker_died")] == [-signal.SIGKILL]
+
+    def test_an_old_one_that_dies_while_the_new_one_starts_is_started_again(
+        self, start_host: StartHost
+    ) -> None:
+        host = start_host()
+        port = host.wait_ready()
+        host.order("hang")
+        host.signal(signal.SIGHUP)
+        eventually(lambda: len(host.lives()) == 2)
+        host.order("serve")
+        first, second = host.lives()
+
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: len(host.events("worker_ready")) == 2)
+        third, _, _ = host.ask(port)
+        os.kill(second, signal.SIGKILL)
+        eventually(lambda: host.events("worker_not_replaced"))
+
+        assert third == host.lives()[2]
+        assert host.ask(port)[0] == third
+
+    def test_told_before_all_serve_it_still_gets_ready(self, start_host: StartHost) -> None:
+        host = start_host("hang")
+        eventually(lambda: len(host.lives()) == 1)
+        host.order("serve")
+
+        host.signal(signal.SIGHUP)
+        port = host.wait_ready()
+
+        eventually(lambda: host.events("rolled"))
+        assert host.ask(port)[0] == host.lives()[1]
+
+    def test_the_private_store_is_left_alone(self, start_host: StartHost, tmp_path: Path) -> None:
+        host = start_host(redis_url="", data_dir=tmp_path / "data")
+        host.wait_ready()
+
+        host.signal(signal.SIGHUP)
+        eventually(lambda: host.events("rolled"))
+
+        assert len(host.events("store_ready")) == 1
+        assert not gone(host.events("store_ready")[0]["pid"])
+
+    def test_under_nohup_it_is_not_heard(self, start_host: StartHost) -> None:
+        host = start_host(before=["nohup"])
+        host.wait_ready()
+
+        host.signal(signal.SIGHUP)
+        host.signal(signal.SIGTERM)
+
+        assert host.exit_code() == 0
+        assert len(host.lives()) == 1
+        assert [event["signal"] for event in host.events("draining")] == ["SIGTERM"]
+
+
+class TestHungWorkers:
+    def test_one_that_stands_still_is_killed_within_six_seconds_and_replaced(
+        self, start_host: StartHost
+    ) -> None:
+        host = start_host()
+        port = host.wait_ready()
+        stopped, _, _ = host.ask(port)
+
+        os.kill(stopped, signal.SIGSTOP)
+        since = time.monotonic()
+        eventually(lambda: gone(stopped))
+        lasted = time.monotonic() - since
+
+        assert 4.0 < lasted < 6.5
+        assert host.ask(port)[0] == host.lives()[1]
+        (hung,) = host.events("worker_hung")
+        assert (hung["level"], hung["pid"]) == ("error", stopped)
+        assert [event["status"] for event in host.events("worker_died")] == [-signal.SIGKILL]
+
+    def test_one_that_has_stopped_to_beat_is_killed(self, start_host: StartHost) -> None:
+        host = start_host("mute", beat=0.1)
+        host.wait_ready()
+        host.order("serve")
+
+        eventually(lambda: len(host.events("worker_ready")) == 2)
+
+        assert [event["pid"] for event in host.events("worker_hung")] == host.lives()[:1]
+
+    def test_a_host_that_was_suspended_kills_nobody(self, start_host: StartHost) -> None:
+        host = start_host(beat=0.1)
+        port = host.wait_ready()
+        worker, _, _ = host.ask(port)
+
+        for pid in (worker, host.process.pid):
+            os.kill(pid, signal.SIGSTOP)
+        since = time.monotonic()
+        eventually(lambda: time.monotonic() - since > 2.0)
+        for pid in (host.process.pid, worker):
+            os.kill(pid, signal.SIGCONT)
+        since = time.monotonic()
+        eventually(lambda: time.monotonic() - since > 1.0)
+
+        assert host.ask(port)[0] == worker
+        assert host.events("worker_hung") == []
+
+    def test_a_control_process_is_no_exception(self, start_host: StartHost) -> None:
+        host = start_host(control="mute", beat=0.1)
+        host.wait_ready()
+
+        eventually(lambda: host.events("control_hung"))
+
+        assert host.events("worker_hung") == []
+
+    def test_one_that_drains_is_watched_no_less(self, start_host: StartHost) -> None:
+        host = start_host("deaf", beat=0.1, drain_seconds=3600)
+        host.wait_ready()
+        host.signal(signal.SIGTERM)
+        eventually(lambda: host.events("draining"))
+
+        os.kill(host.lives()[0], signal.SIGSTOP)
+
+        assert host.exit_code() == 0
+        assert len(host.events("worker_hung")) == 1
+
+    def test_one_that_serves_nobody_for_long_stays(self, start_host: StartHost) -> None:
+        host = start_host(beat=0.1)
+        port = host.wait_ready()
+        since = time.monotonic()
+
+        eventually(lambda: time.monotonic() - since > 2.0)
+
+        assert host.ask(port)[0] == host.lives()[0]
 
 
 def test_ctrl_c_in_the_terminal_reaches_no_worker(start_host: StartHost) -> None:

@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections import Counter
+from enum import Enum, auto
 from functools import partial
 
 from websockets.http11 import Request as HttpRequest
@@ -36,6 +37,14 @@ BURST_SECONDS = 5.0
 """An address may use so many seconds of its rate at once: an office behind one address."""
 
 log = telemetry.logger(__name__)
+
+
+class Door(Enum):
+    OPEN = auto()
+    SHUT = auto()
+    """The host goes: who comes is told to go elsewhere."""
+    HANDED_OVER = auto()
+    """Another process accepts; who was accepted here is let in, and sent on."""
 
 
 class Listener:
@@ -62,17 +71,20 @@ class Listener:
         self._most = connections
         self._sockets = sockets
         self._server: asyncio.Server | None = None
+        self._tls = False
         self._pending: set[Connection] = set()
         self._registering = 0
         self._deposits: set[asyncio.Task[None]] = set()
         self._open = 0
         self._emptied = asyncio.Event()
-        self._draining = False
+        self._door = Door.OPEN
+        self._last_handshake_ends = 0.0
         self.refused: Counter[str] = Counter()
         """Handshakes by the code they were refused with, since the last report."""
 
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         loop = asyncio.get_running_loop()
+        self._tls = tls is not None
         self._server = await loop.create_server(
             lambda: Connection(self, self._frame_bytes),
             sock=sock,
@@ -88,7 +100,13 @@ class Listener:
         Still answering, for the socket's other copy is the supervisor's: with this one closed the
         kernel would go on queueing newcomers whom nobody serves.
         """
-        self._draining = True
+        self._door = Door.SHUT
+
+    def hand_over(self) -> None:
+        """Accept nobody any more: the socket's queue is another process's by now."""
+        self._door = Door.HANDED_OVER
+        self._last_handshake_ends = time.monotonic() + self._deadline
+        self.close()
 
     def close(self) -> None:
         if self._server is not None:
@@ -96,8 +114,13 @@ class Listener:
 
     async def wait_emptied(self, seconds: float) -> None:
         """Until the last socket is closed, or the time is over."""
+        # One that has just been accepted is known in the loop's next turn.
+        await asyncio.sleep(0)
+        handshakes = max(0.0, self._last_handshake_ends - time.monotonic())
+        if self._tls:
+            await asyncio.sleep(handshakes)  # These are known only when TLS is done.
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(handshakes + seconds):
                 while self._open:
                     self._emptied.clear()
                     await self._emptied.wait()
@@ -169,9 +192,9 @@ class Listener:
     def _answer_health(self, connection: Connection, ready: bool) -> None:
         reasons: dict[str, object] = {
             "revocations": "current" if self._hub.fresh() else "stale",
-            "draining": self._draining,
+            "draining": self._door is not Door.OPEN,
         }
-        healthy = not ready or (self._hub.fresh() and not self._draining)
+        healthy = not ready or (self._hub.fresh() and self._door is Door.OPEN)
         status = "ok" if healthy else "unavailable"
         connection.respond(http.health(healthy, {"status": status} | (reasons if ready else {})))
 
@@ -184,7 +207,7 @@ class Listener:
         if response is not None and response.status_code != 101:
             self._refuse(connection, errors.BAD_REQUEST, origin)
             return
-        if self._draining:
+        if self._door is Door.SHUT:
             self._refuse(connection, errors.HOST_DRAINING, origin)
             return
         try:
@@ -245,7 +268,8 @@ class Listener:
         if connection.phase is not Phase.HANDSHAKE:
             self._hub.unregister(connection, identity)
             return
-        refusal = errors.HOST_DRAINING if self._draining else self._objection(identity)
+        shut = self._door is Door.SHUT
+        refusal = errors.HOST_DRAINING if shut else self._objection(identity)
         if refusal is not None:
             self._hub.unregister(connection, identity)
             self._refuse(connection, refusal, origin, token=refusal.status == 401)
@@ -254,6 +278,8 @@ class Listener:
         connection.open(request, response)
         self._hub.add(connection, identity)
         connection.begin()
+        if self._door is Door.HANDED_OVER:
+            self._hub.disconnect(connection, errors.DRAINING)
 
     def _objection(self, identity: Identity) -> Refusal | None:
         try:

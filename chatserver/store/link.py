@@ -1,4 +1,4 @@
-"""Connections to Redis: lanes for commands, subscriptions for pub/sub. The only import of redis.
+"""Connections to Redis: lanes for commands, subscriptions for pub/sub.
 
 A *lane* is one connection with group commit: commands queue up while a pipeline is under way and
 go out together as the next one. Idle, that costs one round trip; under load, a fraction of one.
@@ -8,6 +8,9 @@ knows whether it can be repeated (with a key). So every failure is ``StoreUnavai
 A *subscription* is one connection that listens. Redis forgets who listened when a connection
 ends, so it subscribes again by itself and confirms each channel anew: what was said in between
 is lost, and the owner reads the log.
+
+Where a connection goes is topology.py's to say, each time anew: behind sentinels the primary
+changes. One that answers READONLY is none any more, and is left at once.
 
 redis-py's client would retry an outage into a hang of seconds, and its pool would hide on which
 connection a script is known, so this uses its connections and nothing above them.
@@ -24,24 +27,31 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple, Self
 
-from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, ResponseError
 
 from chatserver import telemetry
 from chatserver.core.errors import StoreRefused, StoreUnavailable
+from chatserver.settings import store_place
+from chatserver.store.topology import (
+    CONNECT_SECONDS,
+    Address,
+    Cluster,
+    Place,
+    Sentinel,
+    Single,
+    exchange,
+    hung_up,
+    place_of,
+)
 
-ROUND_TRIP_SECONDS = 0.4
+ROUND_TRIP_SECONDS = CONNECT_SECONDS
 """A pipeline's deadline. A second one may have to fail before a waiting command is answered,
 and protocol.md promises ``unavailable`` within a second."""
 REPLICA_MILLISECONDS = 250
 """How long replicas may take to confirm; within the round trip."""
 LANE_COMMANDS = 20_000
 """A lane's bound; a command beyond it is unavailable at once."""
-RETRY_SECONDS = (0.05, 1.0)
-"""Reconnecting: the first wait and the longest."""
 PING_SECONDS = 1.0
 DEAF_SECONDS = 3.0
 """A subscription that hears not even a pong for so long is connected anew."""
@@ -52,6 +62,17 @@ Reply = Any
 Done = Callable[[Reply | StoreUnavailable], None]
 Call = Callable[[list[Argument]], Awaitable[Reply]]
 """``Lane.call`` or ``Store.call``: one command, its reply, or StoreUnavailable."""
+
+
+class _Announce(str):
+    __slots__ = ()
+
+
+ANNOUNCE = _Announce("PUBLISH")
+"""In a command, or among a script's arguments: what this store calls announcing on a channel. A
+cluster's lanes know it by its identity, and put theirs in its place."""
+
+_NO_PRIMARY = ("READONLY", "MASTERDOWN")
 
 log = telemetry.logger(__name__)
 
@@ -81,6 +102,18 @@ REGISTER = Script("register")
 SCRIPTS = (PUBLISH, READ, REVOKE, POLL, BEGIN, ROTATE, ENTITLE, REGISTER)
 
 
+class Redirected(StoreRefused):
+    """It was not carried out: on a cluster another node has the key."""
+
+    def __init__(self, slot: int, host: str, port: int, *, asking: bool) -> None:
+        super().__init__(f"the key is kept at {host}:{port}")
+        self.slot = slot
+        self.address = Address(host, port)
+        """Its host is empty where it is the one that was asked."""
+        self.asking = asking
+        """Only this time, and only after ASKING: the slot is being moved."""
+
+
 class _Request(NamedTuple):
     command: list[Argument]
     done: Done
@@ -95,13 +128,21 @@ class Lane:
     when so many replicas have what was written, else it is StoreUnavailable.
     """
 
-    def __init__(self, pool: ConnectionPool, *, batch: int, replicas: int = 0) -> None:
-        self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
+    def __init__(self, place: Place, *, batch: int, replicas: int = 0) -> None:
+        self._place = place
+        self._connection = place.connection()
         self._batch = batch
         self._replicas = replicas
         self._queue: deque[_Request] = deque()
         self._filled = asyncio.Event()
         self._down = False
+        self._demoted = False
+        """An answer has said that this is no primary."""
+
+    @property
+    def down(self) -> bool:
+        """Whether commands are refused at once; none is under way then."""
+        return self._down
 
     def submit(
         self,
@@ -166,8 +207,8 @@ class Lane:
         answered = 0
         try:
             async with asyncio.timeout(ROUND_TRIP_SECONDS):
-                if _hung_up(self._connection):
-                    await _connect(self._connection)
+                if hung_up(self._connection):
+                    await _connect(self._place, self._connection)
                 commands = [request.command for request in batch]
                 if self._replicas:
                     commands.append(["WAIT", self._replicas, REPLICA_MILLISECONDS])
@@ -183,6 +224,8 @@ class Lane:
                         reply = await self._read_reply()
                         answered += 1
                         request.done(reply)
+            if self._demoted:
+                raise ConnectionError("it is no primary any more")
         except (RedisError, OSError, TimeoutError) as error:
             await self._lose(batch[answered:], error)
 
@@ -199,28 +242,28 @@ class Lane:
         except NoScriptError:
             # Someone flushed the scripts: a new connection loads them again.
             raise
-        except ResponseError as error:  # OOM, READONLY, LOADING, MISCONF and their kind
-            # Behind it Redis names the script and its line, which say nothing to an operator;
-            # redis-py takes away the code before it, which does.
-            said = " ".join(filter(None, (error.status_code, str(error))))
-            return StoreRefused(said.partition(" script: ")[0])
+        except ResponseError as error:
+            self._demoted = self._demoted or error.status_code in _NO_PRIMARY
+            return _refusal(error)
 
     async def _lose(self, unanswered: list[_Request], error: Exception) -> None:
         reason = str(error) or type(error).__name__
         await self._connection.disconnect(nowait=True)
+        self._demoted = False
         self._fail(unanswered, reason)
         if isinstance(error, NoScriptError):
             return
+        self._place.lost()
         await self._reconnect(reason)
 
     async def _reconnect(self, reason: str) -> None:
         """Until it succeeds, commands are refused at once rather than kept waiting."""
-        wait, longest = RETRY_SECONDS
+        wait, longest = self._place.retry_seconds
         first = True
         while True:
             try:
                 async with asyncio.timeout(ROUND_TRIP_SECONDS):
-                    await _connect(self._connection)
+                    await _connect(self._place, self._connection)
             except (RedisError, OSError, TimeoutError) as error:
                 if not self._down:
                     log.warning("store is away", reason=reason)
@@ -242,19 +285,22 @@ class Lane:
             request.done(StoreUnavailable(reason))
 
 
-def _hung_up(connection: AbstractConnection) -> bool:
-    """Whether the other end has closed it, as a store that was restarted meanwhile."""
-    reader: asyncio.StreamReader | None = connection._reader
-    return reader is None or reader.at_eof()
-
-
-async def _connect(connection: AbstractConnection) -> None:
+async def _connect(place: Place, connection: AbstractConnection) -> None:
     """Connect and load the scripts first: a NOSCRIPT amid a pipeline would reorder a sender."""
     await connection.disconnect(nowait=True)
-    await connection.connect()  # type: ignore[no-untyped-call]
-    for script in SCRIPTS:
-        await connection.send_command("SCRIPT", "LOAD", script.source, check_health=False)
-        await connection.read_response(disable_decoding=True)
+    await place.connect(connection)
+    await exchange(connection, [("SCRIPT", "LOAD", script.source) for script in SCRIPTS])
+
+
+def _refusal(error: ResponseError) -> StoreRefused:
+    """OOM, READONLY, LOADING, MISCONF and their kind."""
+    if isinstance(error, AskError):
+        asking = not isinstance(error, MovedError)
+        return Redirected(error.slot_id, error.host, error.port, asking=asking)
+    # Behind it Redis names the script and its line, which say nothing to an operator;
+    # redis-py takes away the code before it, which does.
+    said = " ".join(filter(None, (error.status_code, str(error))))
+    return StoreRefused(said.partition(" script: ")[0])
 
 
 class Subscription:
@@ -266,12 +312,13 @@ class Subscription:
 
     def __init__(
         self,
-        pool: ConnectionPool,
+        place: Place,
         *,
         on_message: Callable[[str, bytes], None],
         on_confirmed: Callable[[str], None],
     ) -> None:
-        self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
+        self._place = place
+        self._connection = place.connection()
         self._on_message = on_message
         self._on_confirmed = on_confirmed
         self._channels: set[str] = set()
@@ -293,14 +340,16 @@ class Subscription:
 
     async def run(self) -> None:
         """Listen until cancelled, connecting anew whenever the connection is lost or deaf."""
-        wait, longest = RETRY_SECONDS
+        shortest, longest = self._place.retry_seconds
+        wait = shortest
         try:
             while True:
                 try:
                     await self._listen()
-                except* (RedisError, OSError, TimeoutError):
+                except* (RedisError, OSError, TimeoutError, StoreRefused):
                     connected = self._heard_at > 0
-                    wait = RETRY_SECONDS[0] if connected else min(longest, wait * 2)
+                    wait = shortest if connected else min(longest, wait * 2)
+                self._place.lost()
                 await self._connection.disconnect(nowait=True)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
         finally:
@@ -309,7 +358,7 @@ class Subscription:
     async def _listen(self) -> None:
         self._heard_at = 0.0
         async with asyncio.timeout(ROUND_TRIP_SECONDS):
-            await self._connection.connect()  # type: ignore[no-untyped-call]
+            await self._place.connect(self._connection)
         self._heard_at = asyncio.get_running_loop().time()
         self._unconfirmed.clear()
         self._unsent = dict.fromkeys(self._channels, True)
@@ -329,7 +378,7 @@ class Subscription:
             except TimeoutError:
                 if loop.time() - self._heard_at > DEAF_SECONDS:
                     raise
-                await self._send("PING")
+                await self._send(["PING"])
                 ping_at = loop.time() + PING_SECONDS
             self._changed.clear()
             changes, self._unsent = self._unsent, {}
@@ -337,23 +386,29 @@ class Subscription:
             stale = [channel for channel, wanted in changes.items() if not wanted]
             for channel in fresh:
                 self._unconfirmed[channel] = self._unconfirmed.get(channel, 0) + 1
-            if fresh:
-                await self._send("SUBSCRIBE", *fresh)
-            if stale:
-                await self._send("UNSUBSCRIBE", *stale)
+            await self._send(*self._commands(fresh, stale))
 
-    async def _send(self, *command: Argument) -> None:
-        async with asyncio.timeout(ROUND_TRIP_SECONDS):
-            await self._connection.send_command(*command, check_health=False)
+    def _commands(self, fresh: list[str], stale: list[str]) -> list[list[str]]:
+        asked = (["SUBSCRIBE", *fresh], ["UNSUBSCRIBE", *stale])
+        return [command for command in asked if len(command) > 1]
+
+    async def _send(self, *commands: Sequence[str]) -> None:
+        if commands:
+            packed = self._connection.pack_commands(commands)
+            async with asyncio.timeout(ROUND_TRIP_SECONDS):
+                await self._connection.send_packed_command(packed, check_health=False)
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             # A burst that is buffered already comes without a pause: let the loop have one.
             for _ in range(256):
-                reply = await self._connection.read_response(
-                    disable_decoding=True, timeout=math.inf
-                )
+                try:
+                    reply = await self._connection.read_response(
+                        disable_decoding=True, timeout=math.inf
+                    )
+                except ResponseError as error:
+                    reply = _refusal(error)
                 self._receive(reply)
             self._heard_at = loop.time()
             await asyncio.sleep(0)
@@ -364,6 +419,8 @@ class Subscription:
                 self._on_message(channel.decode(), payload)
             case [b"subscribe", raw, _]:
                 self._confirm(raw.decode())
+            case StoreRefused():
+                raise reply
             case _:  # b"unsubscribe" and b"pong"
                 self._heard_at = asyncio.get_running_loop().time()
 
@@ -379,35 +436,40 @@ class Subscription:
 
 
 class Store:
-    """A Redis by its URL (``redis://``, ``rediss://``, ``unix://``): makes lanes, subscriptions.
+    """A Redis at one address, or behind sentinels, by its URL: makes lanes, subscriptions.
+
+    ``run`` should be a task while they are used: it follows where the primary goes. Of a cluster
+    ``store_at`` in cluster.py makes one.
 
     As an async context manager, for a command line: connects, or raises StoreUnavailable; then
     ``call`` works on a lane of its own.
     """
 
+    announce: str = ANNOUNCE
+    """What scripts announce with."""
+
     def __init__(self, url: str) -> None:
-        self._pool = ConnectionPool.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=None,  # the lane's own deadline covers the whole pipeline
-            socket_connect_timeout=ROUND_TRIP_SECONDS,
-            health_check_interval=0,
-        )
+        place = place_of(store_place(url))
+        assert not isinstance(place, Cluster), "store_at makes those"
+        self._place: Single | Sentinel = place
 
     def lane(self, batch: int = 256, replicas: int = 0) -> Lane:
-        return Lane(self._pool, batch=batch, replicas=replicas)
+        return Lane(self._place, batch=batch, replicas=replicas)
 
     def subscription(
         self,
         on_message: Callable[[str, bytes], None],
         on_confirmed: Callable[[str], None] = lambda channel: None,
     ) -> Subscription:
-        return Subscription(self._pool, on_message=on_message, on_confirmed=on_confirmed)
+        return Subscription(self._place, on_message=on_message, on_confirmed=on_confirmed)
+
+    async def run(self) -> None:
+        if isinstance(self._place, Sentinel):
+            await self._place.run()
 
     async def __aenter__(self) -> Self:
         self._own = self.lane()
-        self._task = asyncio.create_task(self._own.run())
+        self._tasks = [asyncio.create_task(run()) for run in (self.run, self._own.run)]
         try:
             await self.call(["PING"])
         except StoreUnavailable:
@@ -416,8 +478,9 @@ class Store:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def call(self, command: list[Argument]) -> Reply:
         return await self._own.call(command)
