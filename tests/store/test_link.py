@@ -11,6 +11,7 @@ import pytest
 
 from chatserver.core.errors import StoreUnavailable
 from chatserver.store.link import READ, Lane, Store, Subscription
+from tests.support.proxy import Proxy
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 from tests.support.worker import PATIENCE, end, eventually
@@ -237,6 +238,20 @@ async def test_nothing_is_ever_carried_out_twice(running: Running, own_valkey: V
     assert done == sorted(done)
     assert len(done) <= counted <= len(outcomes)
     assert len(done) >= 500
+
+
+async def test_a_store_at_some_distance_can_be_connected_to(
+    running: Running, valkey: Valkey
+) -> None:
+    """At 100 ms a round trip each, eight scripts were never loaded within the deadline."""
+    proxy = Proxy(valkey.socket)
+    await proxy.start()
+    try:
+        proxy.down.delay = 0.1
+        lane = running.lane(f"redis://127.0.0.1:{proxy.port}")
+        await until_it_answers(lane)
+    finally:
+        await proxy.close()
 
 
 async def test_flushed_scripts_are_loaded_again(running: Running, own_valkey: Valkey) -> None:
