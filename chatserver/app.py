@@ -68,19 +68,11 @@ class Worker:
         assert settings.redis_url is not None
         keyring = Keyring.of(settings)
         store = Store(settings.redis_url.get_secret_value())
-        replicas = 1 if settings.durability == "replica" else 0
-        publishes, reads = store.lane(replicas=replicas), store.lane(batch=64)
         # Of its own, so that no storm of handshakes delays a revocation.
         polls, sessions_lane = store.lane(), store.lane()
         worker = "w-" + secrets.token_hex(6)
         registry = Registry(sessions_lane, worker, settings.user_connections)
-        room_log = RoomLog(
-            publishes,
-            reads,
-            history=settings.history,
-            history_seconds=settings.history_seconds,
-            key_window=settings.key_window,
-        )
+        room_log = RoomLog.of(settings, store)
         self._hub = Hub(
             keyring=keyring,
             room_log=room_log,
@@ -111,8 +103,7 @@ class Worker:
             sockets=clients + min(DESCRIPTORS_KEPT // 2, clients // 4),
         )
         self._running = [
-            publishes.run,
-            reads.run,
+            *(lane.run for lane in room_log.lanes),
             polls.run,
             sessions_lane.run,
             registry.run,

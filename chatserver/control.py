@@ -64,19 +64,12 @@ def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> i
 async def _serve(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
     assert settings.redis_url is not None
     store = Store(settings.redis_url.get_secret_value())
-    commands, reads = store.lane(), store.lane(batch=64)
-    room_log = RoomLog(
-        commands,
-        reads,
-        history=settings.history,
-        history_seconds=settings.history_seconds,
-        key_window=settings.key_window,
-    )
+    commands, room_log = store.lane(), RoomLog.of(settings, store)
     sessions = Sessions.of(settings, commands.call)
     app = build(settings, Control(commands.call, sessions, room_log))
     # A lane that fails ends the process, which is started anew: its callers would wait for ever.
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(lane.run()) for lane in (commands, reads)]
+        running = [tasks.create_task(lane.run()) for lane in (commands, *room_log.lanes)]
         await _Server(settings, app, ready).serve(sockets=[sock])
         for task in running:
             task.cancel()

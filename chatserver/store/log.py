@@ -15,7 +15,8 @@ from typing import NamedTuple
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
-from chatserver.store.link import PUBLISH, READ, Argument, Call, Lane, Reply
+from chatserver.settings import Settings
+from chatserver.store.link import PUBLISH, READ, Argument, Call, Lane, Reply, Store
 
 EMPTY_ROOM_SECONDS = 300
 """A room that was joined and never written to is remembered so long after its last member."""
@@ -67,6 +68,8 @@ class RoomLog:
         key_window: float,
         announce: str = "PUBLISH",
     ) -> None:
+        self.lanes = publishes, reads
+        """Each to be run by the owner."""
         self._publishes = publishes
         self._reads = reads
         self._history_seconds = history_seconds
@@ -77,6 +80,18 @@ class RoomLog:
         self._key_milliseconds = max(1, int(key_window * 1000))
         self._queued: dict[tuple[Argument, ...], list[Answer]] = {}
         """Readings not yet asked for, by what they ask: one serves all who want the same."""
+
+    @classmethod
+    def of(cls, settings: Settings, store: Store) -> RoomLog:
+        """As it is configured, on lanes of its own."""
+        return cls(
+            store.lane(replicas=1 if settings.durability == "replica" else 0),
+            store.lane(batch=64),
+            history=settings.history,
+            history_seconds=settings.history_seconds,
+            key_window=settings.key_window,
+            announce=store.announce,
+        )
 
     def publish(
         self,
