@@ -103,6 +103,7 @@ class Worker:
             sockets=clients + min(DESCRIPTORS_KEPT // 2, clients // 4),
         )
         self._running = [
+            store.run,
             *(lane.run for lane in room_log.lanes),
             polls.run,
             sessions_lane.run,

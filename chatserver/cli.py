@@ -782,7 +782,8 @@ async def _check_store(settings: Settings) -> int:
     wrong = _store_problems(found["version"], found["policy"])
     if wrong:
         raise ConfigurationError(wrong)
-    click.echo(f"The store answers: version {found['version']}, {found['policy']}.")
+    about = f"version {found['version']}, {found['policy']}, {found['place']}"
+    click.echo(f"The store answers: {about}.")
     return EXIT_OK
 
 

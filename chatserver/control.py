@@ -69,7 +69,8 @@ async def _serve(settings: Settings, sock: socket.socket, ready: Callable[[], No
     app = build(settings, Control(commands.call, sessions, room_log))
     # A lane that fails ends the process, which is started anew: its callers would wait for ever.
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(lane.run()) for lane in (commands, *room_log.lanes)]
+        parts = store, commands, *room_log.lanes
+        running = [tasks.create_task(part.run()) for part in parts]
         await _Server(settings, app, ready).serve(sockets=[sock])
         for task in running:
             task.cancel()

@@ -25,7 +25,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import resources
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, ResponseError
@@ -37,12 +37,14 @@ from chatserver.store.topology import (
     CONNECT_SECONDS,
     Address,
     Cluster,
+    Garbled,
     Place,
     Sentinel,
     Single,
     exchange,
     hung_up,
     place_of,
+    receive,
 )
 
 ROUND_TRIP_SECONDS = CONNECT_SECONDS
@@ -59,6 +61,7 @@ DEAF_SECONDS = 3.0
 Argument = bytes | str | int | float
 Reply = Any
 """What redis-py makes of a RESP2 reply: bytes, int, None, lists of these."""
+Parsed = TypeVar("Parsed")
 Done = Callable[[Reply | StoreUnavailable], None]
 Call = Callable[[list[Argument]], Awaitable[Reply]]
 """``Lane.call`` or ``Store.call``: one command, its reply, or StoreUnavailable."""
@@ -216,9 +219,10 @@ class Lane:
                 await self._connection.send_packed_command(packed, check_health=False)
                 if self._replicas:
                     # None is told before all is known to be safe.
-                    replies = [await self._read_reply() for _ in commands]
-                    answered = len(batch)
-                    self._answer(batch, replies)
+                    replies = self._confirmed([await self._read_reply() for _ in commands])
+                    for request, reply in zip(batch, replies, strict=True):
+                        answered += 1
+                        request.done(reply)
                 else:
                     for request in batch:
                         reply = await self._read_reply()
@@ -229,16 +233,16 @@ class Lane:
         except (RedisError, OSError, TimeoutError) as error:
             await self._lose(batch[answered:], error)
 
-    def _answer(self, batch: list[_Request], replies: list[Reply]) -> None:
-        """Pass the replies on if enough replicas have what they speak of, as the last one says."""
+    def _confirmed(self, replies: list[Reply]) -> list[Reply]:
+        """The replies, if enough replicas have what they speak of, as the last one says."""
         acknowledged = replies.pop()
-        enough = isinstance(acknowledged, int) and acknowledged >= self._replicas
-        for request, reply in zip(batch, replies, strict=True):
-            request.done(reply if enough else StoreUnavailable("too few replicas have it"))
+        if isinstance(acknowledged, int) and acknowledged >= self._replicas:
+            return replies
+        return [StoreUnavailable("too few replicas have it")] * len(replies)
 
     async def _read_reply(self) -> Reply | StoreUnavailable:
         try:
-            return await self._connection.read_response(disable_decoding=True)
+            return await receive(self._connection)
         except NoScriptError:
             # Someone flushed the scripts: a new connection loads them again.
             raise
@@ -301,6 +305,29 @@ def _refusal(error: ResponseError) -> StoreRefused:
     # redis-py takes away the code before it, which does.
     said = " ".join(filter(None, (error.status_code, str(error))))
     return StoreRefused(said.partition(" script: ")[0])
+
+
+def understood(
+    parse: Callable[[Reply], Parsed], done: Callable[[Parsed | StoreUnavailable], None]
+) -> Done:
+    """For ``Lane.submit``: ``done`` gets what ``parse`` makes of the reply.
+
+    A reply that makes no sense is as good as none, and the lane connects anew: the replies behind
+    it may belong to other commands.
+    """
+
+    def receive(reply: Reply | StoreUnavailable) -> None:
+        if isinstance(reply, StoreUnavailable):
+            done(reply)
+            return
+        try:
+            parsed = parse(reply)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            done(StoreUnavailable("its answer makes no sense"))
+            raise Garbled(str(error)) from None
+        done(parsed)
+
+    return receive
 
 
 class Subscription:
@@ -404,9 +431,7 @@ class Subscription:
             # A burst that is buffered already comes without a pause: let the loop have one.
             for _ in range(256):
                 try:
-                    reply = await self._connection.read_response(
-                        disable_decoding=True, timeout=math.inf
-                    )
+                    reply = await receive(self._connection, seconds=math.inf)
                 except ResponseError as error:
                     reply = _refusal(error)
                 self._receive(reply)
@@ -415,10 +440,10 @@ class Subscription:
 
     def _receive(self, reply: Reply) -> None:
         match reply:
-            case [b"message", channel, payload]:
-                self._on_message(channel.decode(), payload)
-            case [b"subscribe", raw, _]:
-                self._confirm(raw.decode())
+            case [b"message", bytes() as channel, bytes() as payload]:
+                self._on_message(channel.decode(errors="replace"), payload)
+            case [b"subscribe", bytes() as channel, _]:
+                self._confirm(channel.decode(errors="replace"))
             case StoreRefused():
                 raise reply
             case _:  # b"unsubscribe" and b"pong"
@@ -486,11 +511,11 @@ class Store:
         return await self._own.call(command)
 
     async def describe(self) -> dict[str, str]:
-        """The store's ``version``, and its ``policy`` when memory runs out."""
+        """Its ``version``, its ``policy`` when memory runs out, and ``place``: what was found."""
         info = _fields(await self.call(["INFO", "server"]))
         version = info.get("valkey_version") or info.get("redis_version", "unknown")
         policy = _fields(await self.call(["INFO", "memory"])).get("maxmemory_policy", "unknown")
-        return {"version": version, "policy": policy}
+        return {"version": version, "policy": policy, "place": str(self._place)}
 
 
 def _fields(info: bytes) -> dict[str, str]:

@@ -16,7 +16,7 @@ from chatserver.core.errors import StoreUnavailable
 from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
 from chatserver.settings import Settings
-from chatserver.store.link import PUBLISH, READ, Argument, Call, Lane, Reply, Store
+from chatserver.store.link import PUBLISH, READ, Argument, Call, Lane, Reply, Store, understood
 
 EMPTY_ROOM_SECONDS = 300
 """A room that was joined and never written to is remembered so long after its last member."""
@@ -34,6 +34,7 @@ SCAN_KEYS = 1000
 """A page of rooms takes so many scans of so many keys at most. Most keys are no room's."""
 
 _CHANNEL = "chat:room:{%s}:live"
+_EVENT = b'{"type":'
 _PREFIX, _SUFFIX = _CHANNEL.split("%s")
 
 
@@ -48,7 +49,7 @@ def room_of(channel: str) -> str:
 def parse_live(payload: bytes) -> Event:
     """A message of a room's channel. Raises ValueError on anything else."""
     epoch, offset, origin, event = payload.split(b" ", 3)
-    if not event.startswith(b'{"type":'):
+    if not event.startswith(_EVENT):
         raise ValueError("not an event")
     return Event(
         epoch.decode(), int(offset), event, None if origin == b"-" else origin.decode("ascii")
@@ -116,15 +117,8 @@ class RoomLog:
             "-" if event.echo else connection,
             self._key_milliseconds,
         ]
-
-        def parse(reply: Reply | StoreUnavailable) -> None:
-            if isinstance(reply, StoreUnavailable):
-                done(reply)
-            else:
-                epoch, offset, ts, duplicate = reply
-                done(Published(epoch.decode(), offset, ts, duplicate == 1))
-
-        self._publishes.submit(PUBLISH.command(keys, arguments), parse, wanted)
+        command = PUBLISH.command(keys, arguments)
+        self._publishes.submit(command, understood(_published, done), wanted)
 
     def read(
         self,
@@ -166,15 +160,15 @@ class RoomLog:
             self._queued.pop((room, *asked), None)
             return True
 
-        def parse(reply: Reply | StoreUnavailable) -> None:
+        def answer(reading: Reading | StoreUnavailable) -> None:
             if self._queued.get((room, *asked)) is waiting:
                 leave()  # it never went out
-            _answer(waiting, reply if isinstance(reply, StoreUnavailable) else _reading(reply))
+            _answer(waiting, reading)
 
         keys = [f"chat:room:{{{room}}}:meta", f"chat:room:{{{room}}}:log"]
         self._reads.submit(
             READ.command(keys, [_new_epoch(), *asked]),
-            parse,
+            understood(_reading, answer),
             wanted=leave,
             weight=_weight(after is not None, onwards, backwards, size),
         )
@@ -229,11 +223,22 @@ async def rooms(call: Call, after: int, limit: int) -> tuple[list[RoomState], st
 _META = re.compile(r"chat:room:\{([A-Za-z0-9._:@+-]+)\}:meta")
 
 
+def _published(reply: Reply) -> Published:
+    epoch, offset, ts, duplicate = reply
+    return Published(epoch.decode(), int(offset), int(ts), duplicate == 1)
+
+
 def _reading(reply: Reply) -> Reading:
-    name, top, first, shared, *flat = reply
+    name, *numbers = reply[:4]
     epoch = name.decode()
+    top, first, shared = map(int, numbers)
+    offsets, payloads = reply[4::2], reply[5::2]
+    if offsets and offsets != list(range(offsets[0], offsets[0] + len(payloads))):
+        raise ValueError("a log has no holes")
+    if not all(payload.startswith(_EVENT) for payload in payloads):
+        raise ValueError("not an event")
     events = [
-        Event(epoch, offset, payload) for offset, payload in zip(flat[::2], flat[1::2], strict=True)
+        Event(epoch, offset, payload) for offset, payload in zip(offsets, payloads, strict=True)
     ]
     return Reading(epoch, top, first, shared, events)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from chatserver.core.claims import MAX_LIFETIME
 from chatserver.core.errors import StoreUnavailable
 from chatserver.store import keys
-from chatserver.store.link import REGISTER, Call, Lane, Reply
+from chatserver.store.link import ANNOUNCE, REGISTER, Call, Lane, Reply, understood
 from chatserver.store.revocations import LEASE_MILLISECONDS, living_leases
 
 ENTRY_SECONDS = 2 * MAX_LIFETIME
@@ -56,16 +56,14 @@ class Registry:
     def register(self, entry: Entry, done: Registered) -> None:
         """``done(None)`` when it is; whoever gets anything else has registered nothing."""
 
-        def parse(reply: Reply | StoreUnavailable) -> None:
-            match reply:
-                case StoreUnavailable():
-                    self.unregister(entry)  # it may have happened
-                    done(reply)
-                case [1]:
-                    done(None)
-                case _:
-                    _, *flat = reply
-                    done(Full(_entries(entry.user, flat)))
+        def parse(reply: Reply) -> Full | None:
+            done, *flat = reply
+            return None if done == 1 else Full(_entries(entry.user, flat))
+
+        def answer(registered: Full | StoreUnavailable | None) -> None:
+            if isinstance(registered, StoreUnavailable):
+                self.unregister(entry)  # it may have happened
+            done(registered)
 
         self._lane.submit(
             REGISTER.command(
@@ -79,7 +77,7 @@ class Registry:
                     ENTRY_SECONDS,
                 ],
             ),
-            parse,
+            understood(parse, answer),
         )
 
     def renew(self, entry: Entry) -> None:
@@ -94,7 +92,7 @@ class Registry:
 
     def say(self, message: str) -> None:
         """Tell all workers something that may be lost."""
-        self._lane.submit(["PUBLISH", keys.CHANNEL, message], _ignore)
+        self._lane.submit([ANNOUNCE, keys.CHANNEL, message], _ignore)
 
     async def run(self) -> None:
         """Repeat what the store has not taken."""

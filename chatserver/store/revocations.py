@@ -36,7 +36,7 @@ from chatserver.core.session import (
     RevocationList,
 )
 from chatserver.store import keys
-from chatserver.store.link import POLL, REVOKE, Argument, Call, Lane, Reply
+from chatserver.store.link import ANNOUNCE, POLL, REVOKE, Argument, Call, Lane, Reply, understood
 
 STREAM_MILLISECONDS = 20 * 60 * 1000
 BEAT_SECONDS = 1.0
@@ -77,7 +77,7 @@ def _revoke_command(kind: Kind, value: str, seconds: int, cutoff: Argument) -> l
     forgetting = REFRESH_SECONDS + 60
     return REVOKE.command(
         [keys.record(kind, value), keys.STREAM, beside],
-        [kind, value, seconds, keys.CHANNEL, cutoff, STREAM_MILLISECONDS, forgetting],
+        [kind, value, seconds, keys.CHANNEL, cutoff, STREAM_MILLISECONDS, forgetting, ANNOUNCE],
     )
 
 
@@ -261,18 +261,17 @@ class Mirror:
         asked_at, asked_wall = time.monotonic(), time.time()
         counts, self._counts = self._counts, {}
         try:
-            reply = await self._lane.call(self._question(counts))
+            seen = await self._look(self._question(counts))
         except StoreUnavailable:
             self._counts = counts | self._counts
             raise
-        seconds, microseconds, incarnation, latest, lapsed, *entries = reply
-        store_time = seconds + microseconds / 1e6
+        store_time, incarnation, latest, lapsed, entries = seen
         if lapsed or asked_at - self._confirmed_at > STALE_SECONDS:  # it may have in an answer lost
             self._follower.lease_lapsed()
-        if await self._came_back_other(incarnation, latest.decode(), store_time):
+        if await self._came_back_other(incarnation, latest, store_time):
             return True
         for name, fields in entries:
-            self._last = name.decode()
+            self._last = name
             self._apply(fields)
         if len(entries) < POLL_ENTRIES:
             # By the store's clock, which set the times: ours may step ahead and back again.
@@ -281,6 +280,20 @@ class Mirror:
             self._confirmed_at = asked_at
             self._told_stale = False
         return bool(entries)  # what was applied is told at once: somebody may wait for it
+
+    async def _look(self, question: list[Argument]) -> Sight:
+        future: asyncio.Future[Sight] = asyncio.get_running_loop().create_future()
+
+        def done(sight: Sight | StoreUnavailable) -> None:
+            if future.done():
+                return
+            if isinstance(sight, StoreUnavailable):
+                future.set_exception(sight)
+            else:
+                future.set_result(sight)
+
+        self._lane.submit(question, understood(_sight, done))
+        return await future
 
     def _question(self, counts: Mapping[str, int]) -> list[Argument]:
         about = json.dumps(self._follower.about())
@@ -326,7 +339,7 @@ class Mirror:
             revocation = Revocation(
                 Kind(fields["kind"]), fields["value"], int(fields["until"]), int(fields["cutoff"])
             )
-        except (KeyError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             log.warning("ignored an entry that is no revocation")
             return
         if self._list.add(revocation) and (closed := self._follower.revoke(revocation)):
@@ -345,6 +358,31 @@ class Mirror:
         if not self._told_stale and time.monotonic() - self._confirmed_at > STALE_SECONDS:
             self._told_stale = True
             log.warning("revocations are not current; refusing tokens", reason=str(error))
+
+
+class Sight(NamedTuple):
+    """What a look at the stream shows."""
+
+    store_time: float
+    """Seconds since the epoch."""
+    incarnation: bytes
+    latest: str
+    """The stream's last entry."""
+    lapsed: bool
+    """This worker had no lease."""
+    entries: list[tuple[str, list[bytes]]]
+
+
+def _sight(reply: Reply) -> Sight:
+    seconds, microseconds, incarnation, latest, lapsed, *entries = reply
+    if not isinstance(incarnation, bytes):
+        raise TypeError("an incarnation is a name")
+    found = [(name.decode(), fields) for name, fields in entries]
+    for name in (latest.decode(), *(name for name, _ in found)):
+        _place(name)
+    return Sight(
+        int(seconds) + int(microseconds) / 1e6, incarnation, latest.decode(), bool(lapsed), found
+    )
 
 
 def new_incarnation() -> str:

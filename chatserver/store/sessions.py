@@ -21,7 +21,7 @@ from chatserver.core.session import REFRESH_SECONDS, Denial, Family, Kind, rotat
 from chatserver.settings import Settings
 from chatserver.store import keys
 from chatserver.store.keyring import Keyring
-from chatserver.store.link import BEGIN, ENTITLE, ROTATE, Call, Reply
+from chatserver.store.link import ANNOUNCE, BEGIN, ENTITLE, ROTATE, Call, Reply
 from chatserver.store.refresh import Named, RefreshTokens
 from chatserver.store.revocations import STREAM_MILLISECONDS, new_incarnation, store_revocation
 
@@ -191,6 +191,7 @@ class Sessions:
                     int(rooms is not None or without_rooms),
                     _rooms_json(rooms),
                     STREAM_MILLISECONDS,
+                    ANNOUNCE,
                 ],
             )
         )

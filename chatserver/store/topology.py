@@ -77,6 +77,9 @@ class Single:
     def __init__(self, url: str) -> None:
         self._pool = pool(url)
 
+    def __str__(self) -> str:
+        return "a single server"
+
     def connection(self) -> AbstractConnection:
         return _made(self._pool)
 
@@ -103,8 +106,8 @@ class Sentinel:
         self.primary: Address | None = None
         """As far as is known."""
 
-    def __repr__(self) -> str:
-        return f"<Sentinel {self._name} of {', '.join(map(str, self._sentinels))}>"
+    def __str__(self) -> str:
+        return f"the primary of {self._name} at {self.primary}, found by its sentinels"
 
     def connection(self) -> AbstractConnection:
         made = _made(self._pool)
@@ -196,8 +199,8 @@ class Cluster:
         self.looked = False
         """Whether anybody was asked yet."""
 
-    def __repr__(self) -> str:
-        return f"<Cluster {', '.join(map(str, self.primaries()))}>"
+    def __str__(self) -> str:
+        return f"a cluster of {len(self.primaries())} primaries"
 
     def owner(self, slot: int) -> Address | None:
         return self._owners[slot]
@@ -351,7 +354,7 @@ async def _connect(connection: AbstractConnection) -> None:
         (role,) = await exchange(connection, [("ROLE",)])
     except ResponseError:
         return  # not every proxy knows it, nor may every user ask
-    if role[0] != b"master":
+    if not isinstance(role, list) or role[:1] != [b"master"]:
         raise NoConnection("it is a replica")
 
 
@@ -361,7 +364,19 @@ async def exchange(
     """Send commands and read their replies. Raises the first that is an error."""
     packed = connection.pack_commands(commands)
     await connection.send_packed_command(packed, check_health=False)
-    return [await connection.read_response(disable_decoding=True) for _ in commands]
+    return [await receive(connection) for _ in commands]
+
+
+class Garbled(ConnectionError):
+    """Bytes that make no sense: what else came on that connection may be wrong, too."""
+
+
+async def receive(connection: AbstractConnection, seconds: float | None = None) -> Any:
+    """The next reply. Raises Garbled, beside what redis-py raises."""
+    try:
+        return await connection.read_response(disable_decoding=True, timeout=seconds)
+    except (ValueError, TypeError) as error:  # redis-py takes what it reads for a number
+        raise Garbled(str(error)) from None
 
 
 async def ask(

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from chatserver.core.errors import StoreUnavailable
-from chatserver.store.link import READ, Lane, Store, Subscription
+from chatserver.core.protocol import Publish
+from chatserver.store.link import READ, Lane, Store, Subscription, understood
+from chatserver.store.log import RoomLog, channel
 from tests.support.proxy import Proxy
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
@@ -462,3 +464,55 @@ async def test_a_subscription_that_hears_nothing_any_more_connects_anew(
     await eventually(given_up)
     own_valkey.thaw()
     await eventually(lambda: heard.confirmed.count("a") == 2)
+
+
+# --- bytes that change on the way ----------------------------------------------------------
+
+
+async def test_replies_that_make_no_sense_are_unavailable_and_the_lane_connects_anew(
+    running: Running, valkey: Valkey
+) -> None:
+    lane = running.lane(valkey.url)
+    outcomes: list[object] = []
+
+    def number(reply: Any) -> int:
+        return int(reply)
+
+    before = await lane.call(["CLIENT", "ID"])
+    lane.submit(["ECHO", "7"], understood(number, outcomes.append))
+    lane.submit(["ECHO", "x"], understood(number, outcomes.append))
+    lane.submit(["ECHO", "8"], understood(number, outcomes.append))
+    await eventually(lambda: len(outcomes) == 3)
+
+    assert outcomes[0] == 7
+    assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes[1:])
+    await until_it_answers(lane)
+    assert await lane.call(["CLIENT", "ID"]) != before
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_flipped_bits_end_no_lane_and_no_subscription(
+    running: Running, valkey: Valkey, seed: int
+) -> None:
+    """Between worker and store, in both directions; each ended a worker."""
+    proxy = Proxy(valkey.socket, seed=seed)
+    await proxy.start()
+    try:
+        url = f"redis://127.0.0.1:{proxy.port}"
+        heard = running.subscription(url)
+        lanes = [running.lane(url), running.lane(url)]
+        log = RoomLog(*lanes, history=10, history_seconds=60, key_window=60)
+        heard.subscription.subscribe(channel("general"))
+        await eventually(lambda: heard.confirmed)
+        proxy.up.flip = proxy.down.flip = 0.1
+        send = Publish(0, "general", b'{"type":"message","offset":', b"}", "alice", None, True)
+        while proxy.flipped < 200:
+            for _ in range(5):
+                log.publish(send, "c", lambda outcome: None, lambda: True)
+                log.read("general", lambda outcome: None, after=0)
+            await asyncio.sleep(0.005)
+        proxy.calm()
+        await until_it_answers(lanes[0])
+        await until_it_answers(lanes[1])
+    finally:
+        await proxy.close()

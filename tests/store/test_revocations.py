@@ -297,16 +297,18 @@ async def test_an_answer_from_before_a_pause_is_not_taken_for_a_new_one(
 ) -> None:
     """A process that is stopped between question and answer wakes up with an old answer."""
     asked: list[float] = []
-    call = own.lane.call
+    submit = own.lane.submit
 
-    async def stopped(command: list[Argument]) -> Any:
-        reply = await call(command)
-        asked.append(time.monotonic())
-        jump = len(asked) * 10.0
-        monkeypatch.setattr(revocations, "time", _Later(jump))
-        return reply
+    def stopped(command: list[Argument], done: Done) -> None:
+        def wake_up(reply: Any) -> None:
+            asked.append(time.monotonic())
+            jump = len(asked) * 10.0
+            monkeypatch.setattr(revocations, "time", _Later(jump))
+            done(reply)
 
-    monkeypatch.setattr(own.lane, "call", stopped)
+        submit(command, wake_up)
+
+    monkeypatch.setattr(own.lane, "submit", stopped)
     own.mirror.wake()
     await eventually(lambda: len(asked) >= 2)
 
@@ -413,7 +415,7 @@ class _Failing(Lane):
 
 async def test_writing_back_that_failed_half_way_is_done_again(own_valkey: Valkey) -> None:
     store = Store(own_valkey.url)
-    lane = _Failing(store._pool, batch=16)
+    lane = _Failing(store._place, batch=16)
     mirror = Mirror(lane, "w", Idle())
     tasks = [asyncio.create_task(run()) for run in (lane.run, mirror.run)]
     await eventually(mirror.fresh)

@@ -40,6 +40,10 @@ class Valkey:
     def url(self) -> str:
         return f"unix://{self.socket}"
 
+    @property
+    def alive(self) -> bool:
+        return self._process is not None
+
     def start(self) -> None:
         assert self._process is None
         self.socket.unlink(missing_ok=True)

@@ -9,6 +9,7 @@
 -- ARGV  1 kind, 2 value, 3 seconds to remember, 4 channel
 --       5 cutoff, or "" for the store's clock: given when an entry is written back
 --       6 milliseconds that the stream reaches back; 7 seconds that a refresh token lives
+--       8 PUBLISH or, on a cluster, SPUBLISH
 -- reply {the entry's id, cutoff}
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -35,5 +36,5 @@ local id = redis.call('XADD', KEYS[2], 'MINID', '~', string.format('%.0f', now -
   'kind', ARGV[1], 'value', ARGV[2], 'cutoff', text,
   'until', string.format('%.0f', clock[1] + lasting))
 redis.call('PEXPIRE', KEYS[2], ARGV[6])
-redis.call('PUBLISH', ARGV[4], id)
+redis.call(ARGV[8], ARGV[4], id)
 return {id, cutoff}

@@ -1,0 +1,194 @@
+"""A primary, a replica and three sentinels, on loopback ports."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tests.support.valkey import START_SECONDS, Valkey, binary
+
+DOWN_MILLISECONDS = 1000
+SERVICE = "mymaster"
+
+
+def free_ports(count: int) -> list[int]:
+    """Not ephemeral ones, which any client may be given meanwhile; nor those 10,000 above them,
+    where nodes of a cluster talk."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(12_000, 22_000)
+        try:
+            for number in (port, port + 10_000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", number))
+        except OSError:
+            continue
+        if port not in found:
+            found.append(port)
+    return found
+
+
+def address(port: int) -> str:
+    return f"127.0.0.1:{port}"
+
+
+class Sentinels:
+    """Three, which know each other and the replica from the start."""
+
+    def __init__(self, directory: Path, primary: int, replica: int) -> None:
+        self._directory = directory
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.ports = free_ports(3)
+        self._names = [secrets.token_hex(20) for _ in self.ports]
+        self._first = primary, replica
+
+    def start(self) -> None:
+        for port in self.ports:
+            home = self._directory / str(port)
+            home.mkdir()
+            (home / "conf").write_text(self._configuration(port, home))
+            command = [binary(), str(home / "conf"), "--sentinel"]
+            self._processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+
+    def _configuration(self, port: int, home: Path) -> str:
+        primary, replica = self._first
+        lines = [
+            "bind 127.0.0.1",
+            f"port {port}",
+            f"dir {home}",
+            f"logfile {home / 'log'}",
+            f"sentinel myid {dict(zip(self.ports, self._names, strict=True))[port]}",
+            f"sentinel monitor {SERVICE} 127.0.0.1 {primary} 2",
+            f"sentinel down-after-milliseconds {SERVICE} {DOWN_MILLISECONDS}",
+            # How soon they try again, should one of their elections have no winner.
+            f"sentinel failover-timeout {SERVICE} 3000",
+            f"sentinel known-replica {SERVICE} 127.0.0.1 {replica}",
+        ]
+        lines += [
+            f"sentinel known-sentinel {SERVICE} 127.0.0.1 {other} {name}"
+            for other, name in zip(self.ports, self._names, strict=True)
+            if other != port
+        ]
+        return "\n".join(lines) + "\n"
+
+    def primary(self, port: int) -> int:
+        """The primary's port, as that sentinel has it; 0 when it does not answer."""
+        try:
+            found = command(port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
+        except OSError:
+            return 0
+        return int(found[1]) if isinstance(found, list) else 0
+
+    def agree_on(self, primary: int) -> bool:
+        return all(self.primary(port) == primary for port in self.ports)
+
+    def ready(self) -> bool:
+        """Each sees the others, and a replica that may be promoted."""
+        return self.agree_on(self._first[0]) and all(
+            command(port, "SENTINEL", "CKQUORUM", SERVICE).startswith(b"OK 3")
+            and b"ok" in command(port, "SENTINEL", "REPLICAS", SERVICE)[0]
+            for port in self.ports
+        )
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait(START_SECONDS)
+        self._processes.clear()
+
+
+Reply = bytes | int | None | list["Reply"]
+
+
+def command(port: int, *words: str | int) -> Any:
+    """Send one command on a connection of its own. An error is bytes that begin with a minus."""
+    encoded = [str(word).encode() for word in words]
+    request = b"*%d\r\n" % len(encoded)
+    request += b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
+    with socket.create_connection(("127.0.0.1", port), START_SECONDS) as link:
+        link.sendall(request)
+        with link.makefile("rb") as answers:
+            return _read(answers)
+
+
+def _read(answers: BinaryIO) -> Reply:
+    line = answers.readline().rstrip(b"\r\n")
+    kind, rest = line[:1], line[1:]
+    match kind:
+        case b"*":
+            return [_read(answers) for _ in range(int(rest))] if rest != b"-1" else None
+        case b"$" if rest == b"-1":
+            return None
+        case b"$":
+            return answers.read(int(rest) + 2)[:-2]
+        case b":":
+            return int(rest)
+        case b"+":
+            return rest
+        case _:
+            return line
+
+
+class Failover:
+    """Synchronous, as ``Valkey``: its tests own the event loop."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.ports = free_ports(2)
+        self.stores: list[Valkey] = []
+        for name, port in zip("ab", self.ports, strict=True):
+            (directory / name).mkdir()
+            options = {"port": str(port), "bind": "127.0.0.1", "repl-diskless-sync-delay": "0"}
+            self.stores.append(Valkey(directory / name, **options))
+        self.sentinels = Sentinels(directory, *self.ports)
+
+    @property
+    def url(self) -> str:
+        hosts = ",".join(map(address, self.sentinels.ports))
+        return f"redis+sentinel://{hosts}/{SERVICE}"
+
+    @property
+    def primary(self) -> Valkey:
+        return next(s for s in self.stores if s.alive and b"role:master" in _replication(s))
+
+    def start(self) -> None:
+        first, second = self.stores
+        first.start()
+        second.start()
+        second.command("REPLICAOF", "127.0.0.1", str(self.ports[0]))
+        wait(lambda: b"master_link_status:up" in _replication(second), "the replica")
+        self.sentinels.start()
+        wait(self.sentinels.ready, "the sentinels")
+
+    def fail_over(self) -> None:
+        """Let the sentinels put the other one in the primary's place; both live."""
+        reply = command(self.sentinels.ports[0], "SENTINEL", "FAILOVER", SERVICE)
+        assert reply == b"OK", reply
+
+    def stop(self) -> None:
+        self.sentinels.stop()
+        for store in self.stores:
+            store.stop()
+
+
+def _replication(store: Valkey) -> bytes:
+    return store.command("INFO", "replication")
+
+
+def wait(condition: Callable[[], object], what: str) -> None:
+    """Until it holds; it may fail to ask meanwhile."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline, f"{what} did not get ready"
+        time.sleep(0.02)
