@@ -202,6 +202,8 @@ class Connection(asyncio.BufferedProtocol):
         if self.phase is Phase.HANDSHAKE:
             self._receive_handshake(events)
             return
+        if websocket.state is WebSocketState.OPEN:
+            self._flush()  # pongs, before what the same bytes bring about
         for event in events:
             if self.phase is not Phase.OPEN:
                 break
