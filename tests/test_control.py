@@ -157,7 +157,11 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-@pytest.mark.parametrize("key", [None, "", "x", KEY[:-1], KEY + "x", KEY.swapcase(), "é"])
+@pytest.mark.parametrize(
+    "key",
+    [None, "", "x", KEY[:-1], KEY + "x", KEY.swapcase(), "é"],
+    ids=["none", "empty", "x", "shorter", "longer", "other-case", "not-ascii"],
+)
 def test_without_the_key_nothing_is_done(
     server: Server, method: str, path: str, key: str | None
 ) -> None:

@@ -19,7 +19,14 @@ CLAIMS: dict[str, object] = {
     "exp": NOW + 900,
     "roles": ["member", "guest"],
 }
-ABSENT = object()
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
 
 
 def changed(base: dict[str, object], changes: dict[str, object]) -> dict[str, object]:

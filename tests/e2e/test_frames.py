@@ -123,7 +123,11 @@ async def test_commands_before_a_broken_frame_count_and_those_after_it_do_not(
     assert event["body"] == "after"
 
 
-@pytest.mark.parametrize("behind", [b"\x81\x02hi", masked(CLOSE, b"\x03\xe8"), masked(PING, b"p")])
+@pytest.mark.parametrize(
+    "behind",
+    [b"\x81\x02hi", masked(CLOSE, b"\x03\xe8"), masked(PING, b"p")],
+    ids=["not-masked", "close", "ping"],
+)
 @pytest.mark.parametrize("what", ["binary", "no JSON", "no text"])
 async def test_the_first_offence_of_a_segment_gives_the_code(
     worker: Worker, issuer: Issuer, user: str, what: str, behind: bytes
