@@ -485,7 +485,7 @@ def _latencies(records: list[Record]) -> tuple[Latency, Latency]:
         if sent is None or event.kind != "message":
             continue
         near = any(
-            window.begin < sent.began < window.end + LIVENESS_SECONDS / 5
+            window.begin < sent.began < window.end + LIVENESS_SECONDS / 2
             for window in story.windows
             if window.name not in ELSEWHERE
         )

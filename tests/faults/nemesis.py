@@ -21,6 +21,7 @@ from tests.faults.server import Server, tell
 from tests.support.proxy import Link, Proxy, Weather
 from tests.support.valkey import Valkey
 
+EVERY_SECONDS = 3.0
 QUIET_SECONDS = 1.0
 """At the beginning and the end of a plan."""
 
@@ -332,8 +333,12 @@ USUAL = tuple(name for name in FAULTS if name != "store_emptied")
 """Faults of a random run. An emptied store loses what was acked, and says so."""
 
 
-def plan(seed: int, seconds: float, names: Sequence[str] = USUAL) -> list[Planned]:
-    """Faults for so many seconds: one every three or so, some of them at once."""
+def plan(
+    seed: int, seconds: float, names: Sequence[str] = USUAL, every: float = EVERY_SECONDS
+) -> list[Planned]:
+    """Faults for so many seconds, one ``every`` so many or less, some of them at once."""
+    if not names:
+        return []
     rng = random.Random(seed)
     free: dict[str, float] = {}
     found: list[Planned] = []
@@ -345,5 +350,5 @@ def plan(seed: int, seconds: float, names: Sequence[str] = USUAL) -> list[Planne
         if free.get(kind.resource, 0.0) <= at and at + lasting < seconds - QUIET_SECONDS:
             found.append(Planned(round(at, 2), name, round(lasting, 2), rng.random()))
             free[kind.resource] = at + lasting + 0.5
-        at += rng.uniform(0.5, 4)
+        at += rng.uniform(every / 6, every * 4 / 3)
     return found

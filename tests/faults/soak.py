@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.faults.checker import Report, check
 from tests.faults.history import History
-from tests.faults.nemesis import FAULTS, USUAL
+from tests.faults.nemesis import EVERY_SECONDS, FAULTS, USUAL
 from tests.faults.run import Run, Shape, Verdict
 
 
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.seconds,
         Shape(options.rooms, options.members, options.rate),
         faults=options.faults,
+        every=options.every,
         history=history,
         say=_say,
     )
@@ -97,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         default=USUAL,
         metavar="A,B,C",
         help=f"only these, of: {', '.join(FAULTS)} (default: all but store_emptied)",
+    )
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=EVERY_SECONDS,
+        metavar="S",
+        help=f"a fault every so many seconds (default: {EVERY_SECONDS:g})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     parser.add_argument(
