@@ -27,9 +27,9 @@ from chatserver.net.hub import Hub
 from chatserver.net.listener import Listener
 from chatserver.net.tokens import TokenCounter
 from chatserver.settings import Settings
+from chatserver.store.cluster import store_at
 from chatserver.store.keyring import Keyring
 from chatserver.store.keys import CHANNEL
-from chatserver.store.link import Store
 from chatserver.store.log import RoomLog
 from chatserver.store.registry import Registry
 from chatserver.store.revocations import Mirror
@@ -67,7 +67,7 @@ class Worker:
         self._settings = settings
         assert settings.redis_url is not None
         keyring = Keyring.of(settings)
-        store = Store(settings.redis_url.get_secret_value())
+        store = store_at(settings.redis_url.get_secret_value())
         # Of its own, so that no storm of handshakes delays a revocation.
         polls, sessions_lane = store.lane(), store.lane()
         worker = "w-" + secrets.token_hex(6)

@@ -410,10 +410,10 @@ async def _issue(
 async def _cutoff(settings: Settings, user: str) -> int:
     """The user's last revocation, as far as a store can be reached at once."""
     from chatserver.store import revocations
-    from chatserver.store.link import Store
+    from chatserver.store.cluster import store_at
 
     with suppress(StoreUnavailable, TimeoutError, UnicodeError):
-        async with asyncio.timeout(CUTOFF_SECONDS), Store(store_url(settings)) as store:
+        async with asyncio.timeout(CUTOFF_SECONDS), store_at(store_url(settings)) as store:
             return await revocations.cutoff(store.call, user)
     return 0
 
@@ -688,12 +688,12 @@ async def _ask(settings: Settings, question: Callable[[Store], Awaitable[T]]) ->
 
     The server's short deadlines are not a person's: it is tried again before it is called away.
     """
-    from chatserver.store.link import Store
+    from chatserver.store.cluster import store_at
 
     why = StoreUnavailable()
     for _ in range(STORE_TRIES):
         try:
-            async with Store(store_url(settings)) as store:
+            async with store_at(store_url(settings)) as store:
                 return await question(store)
         except StoreUnavailable as error:
             why = error
@@ -780,6 +780,11 @@ async def _check_store(settings: Settings) -> int:
         click.echo(f"The private store is not running; serve will start {executable()}.")
         return EXIT_OK
     wrong = _store_problems(found["version"], found["policy"])
+    if found["mode"] != found["wanted"]:
+        wrong.append(
+            "The store is one node of a cluster: name it in CHATSERVER_REDIS_URL as "
+            "redis+cluster://host1:6379,host2:6379."
+        )
     if wrong:
         raise ConfigurationError(wrong)
     about = f"version {found['version']}, {found['policy']}, {found['place']}"

@@ -39,7 +39,7 @@ from chatserver.core.session import Kind
 from chatserver.settings import Settings
 from chatserver.store import log as rooms_log
 from chatserver.store import registry
-from chatserver.store.link import Store
+from chatserver.store.cluster import store_at
 from chatserver.store.log import RoomLog
 from chatserver.store.revocations import living_leases, revoke
 from chatserver.store.sessions import Sessions
@@ -63,7 +63,7 @@ def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> i
 
 async def _serve(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
     assert settings.redis_url is not None
-    store = Store(settings.redis_url.get_secret_value())
+    store = store_at(settings.redis_url.get_secret_value())
     commands, room_log = store.lane(), RoomLog.of(settings, store)
     sessions = Sessions.of(settings, commands.call)
     app = build(settings, Control(commands.call, sessions, room_log))

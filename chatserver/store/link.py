@@ -116,6 +116,14 @@ class Redirected(StoreRefused):
         self.asking = asking
         """Only this time, and only after ASKING: the slot is being moved."""
 
+    def found_by(self, asked: Address) -> Address:
+        """Whose address it is, said by that one."""
+        return Address(self.address.host or asked.host, self.address.port)
+
+
+def _as_it_is(reply: Reply) -> Any:
+    return reply
+
 
 class _Request(NamedTuple):
     command: list[Argument]
@@ -167,17 +175,21 @@ class Lane:
 
     async def call(self, command: list[Argument]) -> Reply:
         """As ``submit``, waiting for the reply. Raises StoreUnavailable."""
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        return await self.fetch(command, _as_it_is)
 
-        def done(reply: Reply | StoreUnavailable) -> None:
+    async def fetch(self, command: list[Argument], parse: Callable[[Reply], Parsed]) -> Parsed:
+        """As ``submit``, waiting for what ``parse`` makes of the reply. Raises StoreUnavailable."""
+        future: asyncio.Future[Parsed] = asyncio.get_running_loop().create_future()
+
+        def done(parsed: Parsed | StoreUnavailable) -> None:
             if future.done():
                 return
-            if isinstance(reply, StoreUnavailable):
-                future.set_exception(reply)
+            if isinstance(parsed, StoreUnavailable):
+                future.set_exception(parsed)
             else:
-                future.set_result(reply)
+                future.set_result(parsed)
 
-        self.submit(command, done)
+        self.submit(command, understood(parse, done))
         return await future
 
     async def run(self) -> None:
@@ -272,6 +284,7 @@ class Lane:
                 if not self._down:
                     log.warning("store is away", reason=reason)
                 self._down = True
+                self._place.lost()
                 reason = str(error) or type(error).__name__
                 self._fail(self._queue, reason)
                 self._queue.clear()
@@ -511,11 +524,17 @@ class Store:
         return await self._own.call(command)
 
     async def describe(self) -> dict[str, str]:
-        """Its ``version``, its ``policy`` when memory runs out, and ``place``: what was found."""
-        info = _fields(await self.call(["INFO", "server"]))
+        """Its ``version``, its ``policy`` when memory runs out, its ``mode`` and the one that is
+        ``wanted``, and ``place``: what was found."""
+        about = await self._about(self.call)
+        return about | {"wanted": "standalone", "place": str(self._place)}
+
+    async def _about(self, call: Call) -> dict[str, str]:
+        info = _fields(await call(["INFO", "server"]))
         version = info.get("valkey_version") or info.get("redis_version", "unknown")
-        policy = _fields(await self.call(["INFO", "memory"])).get("maxmemory_policy", "unknown")
-        return {"version": version, "policy": policy, "place": str(self._place)}
+        policy = _fields(await call(["INFO", "memory"])).get("maxmemory_policy", "unknown")
+        mode = info.get("server_mode") or info.get("redis_mode", "standalone")
+        return {"version": version, "policy": policy, "mode": mode}
 
 
 def _fields(info: bytes) -> dict[str, str]:

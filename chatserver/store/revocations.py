@@ -36,7 +36,7 @@ from chatserver.core.session import (
     RevocationList,
 )
 from chatserver.store import keys
-from chatserver.store.link import ANNOUNCE, POLL, REVOKE, Argument, Call, Lane, Reply, understood
+from chatserver.store.link import ANNOUNCE, POLL, REVOKE, Argument, Call, Lane, Reply
 
 STREAM_MILLISECONDS = 20 * 60 * 1000
 BEAT_SECONDS = 1.0
@@ -261,7 +261,7 @@ class Mirror:
         asked_at, asked_wall = time.monotonic(), time.time()
         counts, self._counts = self._counts, {}
         try:
-            seen = await self._look(self._question(counts))
+            seen = await self._lane.fetch(self._question(counts), _sight)
         except StoreUnavailable:
             self._counts = counts | self._counts
             raise
@@ -280,20 +280,6 @@ class Mirror:
             self._confirmed_at = asked_at
             self._told_stale = False
         return bool(entries)  # what was applied is told at once: somebody may wait for it
-
-    async def _look(self, question: list[Argument]) -> Sight:
-        future: asyncio.Future[Sight] = asyncio.get_running_loop().create_future()
-
-        def done(sight: Sight | StoreUnavailable) -> None:
-            if future.done():
-                return
-            if isinstance(sight, StoreUnavailable):
-                future.set_exception(sight)
-            else:
-                future.set_result(sight)
-
-        self._lane.submit(question, understood(_sight, done))
-        return await future
 
     def _question(self, counts: Mapping[str, int]) -> list[Argument]:
         about = json.dumps(self._follower.about())

@@ -209,13 +209,18 @@ class Cluster:
         """All that have slots, by their first."""
         return list(dict.fromkeys(owner for owner in self._owners if owner is not None))
 
-    def first_slots(self) -> dict[Address, int]:
-        """Of each primary, in their order."""
+    def next_first(self, slot: int) -> int:
+        """Whose first slot comes next: that slot, 0 after the last."""
         first: dict[Address, int] = {}
-        for slot, owner in enumerate(self._owners):
+        for number, owner in enumerate(self._owners):
             if owner is not None:
-                first.setdefault(owner, slot)
-        return first
+                first.setdefault(owner, number)
+        return min((number for number in first.values() if number > slot), default=0)
+
+    def why_not(self) -> str:
+        """A slot has no owner."""
+        known = any(owner is not None for owner in self._owners)
+        return "no node has the slot" if known else "no node of the cluster answers"
 
     def tell(self, changed: Callable[[], None]) -> None:
         """Call this whenever the map was looked at, or corrected."""
@@ -254,10 +259,13 @@ class Cluster:
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     (ranges,) = await ask(self._pool, address, [("CLUSTER", "SLOTS")])
+                owners = _owners(ranges, address)
             except (RedisError, OSError, TimeoutError):
                 continue
-            if ranges:
-                self._owners = _owners(ranges, address)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                continue  # what it says is no map
+            if any(owners):
+                self._owners = owners
                 break
         self.looked = True
         self._tell()

@@ -16,7 +16,7 @@ from chatserver.core.errors import StoreRefused, StoreUnavailable
 from chatserver.core.session import Kind
 from chatserver.settings import store_place
 from chatserver.store.link import Lane, Store
-from chatserver.store.revocations import revoke
+from chatserver.store.revocations import living_leases, revoke
 from chatserver.store.topology import Address, Sentinel
 from tests.conftest import AMPLE
 from tests.support.client import Client, http
@@ -115,6 +115,11 @@ async def test_a_lane_follows_a_failover_by_hand_and_keeps_the_order(failover: F
     assert stored[-1] == asked + 1
 
 
+async def renewed_since(store: Store, then: float) -> bool:
+    """A worker has told the store that it serves."""
+    return any(lease.renewed_at > then * 1000 for lease in await living_leases(store.call))
+
+
 async def test_a_worker_goes_on_behind_its_sentinels(
     failover: Failover, issuer: Issuer, tmp_path: Path, user: str, room: str
 ) -> None:
@@ -133,13 +138,17 @@ async def test_a_worker_goes_on_behind_its_sentinels(
             replicated = failover.stores[1].command
             await eventually(lambda: replicated("XLEN", f"chat:room:{{{room}}}:log") == b":1")
             failover.primary.kill()
-            killed_at = time.monotonic()
+            killed, killed_at = time.time(), time.monotonic()
             async with asyncio.timeout(FOLLOWED_WITHIN):
                 while (await alice.ask("send", room=room, body="after", key="k"))["type"] != "ack":
                     await asyncio.sleep(0.01)
             tell(f"after the kill: first ack of a worker {time.monotonic() - killed_at:.2f} s")
             bodies = [event["body"] for event in await bob.messages(2)]
             async with Store(failover.url) as store:
+                # Who revokes earlier is told that this worker has not confirmed it.
+                async with asyncio.timeout(PATIENCE):
+                    while not await renewed_since(store, killed):
+                        await asyncio.sleep(0.01)
                 outcome = await revoke(store.call, Kind.SESSION, session)
             _, code = await alice.until_closed()
         answer = await http(worker.url, headers={"Authorization": f"Bearer {token}"})
