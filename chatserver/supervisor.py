@@ -258,11 +258,14 @@ class Restarts:
     """When something that died may start again. Times are seconds on a monotonic clock."""
 
     FIRST_DELAY = 0.1
-    LONGEST_DELAY = 5.0
+    LONGEST_DELAY = 2.0
+    """Newcomers may wait so long in the queue of a slot that is empty."""
     HEALTHY_SECONDS = 30.0
     UNREADY_DEATHS = 5
-    WINDOW_SECONDS = 60.0
-    WINDOW_DEATHS = 10
+    WINDOW_SECONDS = 180.0
+    WINDOW_DEATHS = 25
+    """One that dies whenever it serves gets there in a minute or so, one that is killed by hand
+    every ten seconds never."""
 
     def __init__(self) -> None:
         self._delay = self.FIRST_DELAY
@@ -443,7 +446,9 @@ class Keeper:
                 return EXIT_OK
             now = time.monotonic()
             delay = restarts.died(now, lived=now - self._born, was_ready=was_ready)
-            if delay is None and self._started.is_set() and not self._slot.vital:
+            # Without a store nobody could start; those who did before keep their sockets open.
+            bearable = not self._slot.vital or status == EXIT_STORE
+            if delay is None and self._started.is_set() and bearable:
                 delay = Restarts.LONGEST_DELAY
             self.report(log.error, "died", status=status, ready=was_ready, restart_in=delay)
             final = status in (EXIT_STORE, EXIT_CONFIGURATION)

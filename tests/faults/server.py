@@ -21,8 +21,8 @@ from tests.support.worker import PATIENCE, eventually
 
 EXPECTED_ERRORS = ("worker_died", "worker_hung", "worker_not_replaced", "control_not_replaced")
 """What an operator is told of as an error, and a run brings about."""
-DEATHS = 7
-DEATHS_SECONDS = 60.0
+DEATHS = 20
+DEATHS_SECONDS = 180.0
 """A worker that dies more often in so many seconds makes the supervisor give up, rightly."""
 
 

@@ -32,7 +32,7 @@ from tests.support.worker import PATIENCE
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "3"))
-"""Twenty by hand; more than seven a minute, and the supervisor gives up on a worker."""
+"""Twenty by hand."""
 ANSWER_SECONDS = 1.0
 """A send is answered within this, whatever the store does."""
 LATE_SECONDS = 1.5
