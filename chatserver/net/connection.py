@@ -83,6 +83,7 @@ class Owner(Protocol):
     def violated(self, connection: Connection, why: Disconnect) -> None: ...
     def stalled(self, connection: Connection) -> None: ...
     def drained(self, connection: Connection) -> None: ...
+    def holding(self, connection: Connection) -> None: ...
     def ended(self, connection: Connection) -> None: ...
     def lost(self, connection: Connection) -> None: ...
 
@@ -110,6 +111,7 @@ class Connection(asyncio.BufferedProtocol):
         "__weakref__",
         "_early",
         "_fragments",
+        "_held",
         "_owner",
         "_severed",
         "_text",
@@ -143,6 +145,7 @@ class Connection(asyncio.BufferedProtocol):
         self._websocket = ServerProtocol(max_size=frame_bytes, logger=_SILENT)  # type: ignore[arg-type]
         self._early: Sequence[object] = ()
         self._fragments: list[bytes] | None = None
+        self._held = b""
         self._severed = False
         self._text = True
         self._timer: asyncio.TimerHandle | None = None
@@ -203,13 +206,13 @@ class Connection(asyncio.BufferedProtocol):
             self._receive_handshake(events)
             return
         if websocket.state is WebSocketState.OPEN:
-            self._flush()  # pongs, before what the same bytes bring about
+            self._relay()  # pongs, before what the same bytes bring about
         for event in events:
             if self.phase is not Phase.OPEN:
                 break
             self._receive(cast(Frame, event))
         # After the messages: what answers them must not follow websockets' close frame.
-        self._flush()
+        self._relay()
         if self.phase is Phase.OPEN and websocket.state is not WebSocketState.OPEN:
             self._end()
 
@@ -274,7 +277,7 @@ class Connection(asyncio.BufferedProtocol):
         early = b"".join(self._websocket.data_to_send())
         self._websocket.send_response(response)
         self.phase = Phase.OPEN
-        self._flush()
+        self._relay()
         if early:
             self.write(early)
 
@@ -359,10 +362,31 @@ class Connection(asyncio.BufferedProtocol):
             self.write(text_frame(payload))
 
     def write(self, data: bytes) -> None:
-        """Whole WebSocket frames. Only while OPEN."""
-        self.transport.write(data)
-        if self.writing_paused and self.transport.get_write_buffer_size() > WRITE_ABORT:
-            self.abort()
+        """Whole WebSocket frames, which leave at the end of the loop's turn. Only while OPEN.
+
+        The kernel's send is what costs, and one turn may bring several replies and an event.
+        """
+        if not self._held:
+            self._owner.holding(self)
+        self._held += data
+        if len(self._held) > WRITE_HIGH:
+            self.flush()
+
+    def write_now(self, data: bytes) -> None:
+        """As ``write``, at the end of a turn."""
+        if self._held:
+            self._held += data
+            self.flush()
+        else:
+            self.transport.write(data)
+
+    def flush(self) -> None:
+        """Write what is held."""
+        held, self._held = self._held, b""
+        if held:
+            self.transport.write(held)
+            if self.writing_paused and self.transport.get_write_buffer_size() > WRITE_ABORT:
+                self.abort()
 
     def hold_reading(self, congested: bool) -> None:
         """Stop reading while too many commands are under way; go on afterwards."""
@@ -385,7 +409,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._websocket.state is WebSocketState.OPEN:
             self._websocket.send_close(why.code, why.reason)
         self._websocket.data_to_send()
-        self.transport.write(farewell(why, after))
+        self._held += farewell(why, after)
+        self.flush()
         if self._websocket.eof_sent:
             self._half_close()
         # The peer's close frame is awaited; with unread bytes the kernel would answer them with
@@ -396,7 +421,13 @@ class Connection(asyncio.BufferedProtocol):
     def deafen(self) -> None:
         """From this moment on nothing is accepted from the peer nor delivered to it."""
         self.phase = Phase.CLOSING
-        self.expires_at = 0.0
+        self.serve_until(0.0)
+
+    def serve_until(self, moment: float) -> None:
+        """Deliver until then: when its token expires."""
+        self.expires_at = moment
+        for member in self.memberships.values():
+            member.room.part()
 
     def sever(self, farewell: bytes) -> None:
         """Send the farewell and the end of the stream at once; the owner aborts what is left.
@@ -410,6 +441,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.abort()
             return
         self._severed = True
+        self._held = b""
         self.transport.write(farewell)
         if self.transport.can_write_eof():
             self._write_eof()
@@ -417,7 +449,7 @@ class Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         self.transport.abort()
 
-    def _flush(self) -> None:
+    def _relay(self) -> None:
         """Send what websockets has to say by itself: the 101, pongs, a close frame."""
         writes = self._websocket.data_to_send()
         if not writes:
@@ -427,13 +459,15 @@ class Connection(asyncio.BufferedProtocol):
         if data:
             self.write(data)
         if end:
+            self.flush()
             self._half_close()
 
     def _end(self) -> None:
         """websockets has ended it: a response, an echoed close frame, or an error's."""
         self.deafen()
         self._owner.ended(self)
-        self._flush()
+        self._relay()
+        self.flush()
         self.set_deadline(CLOSE_SECONDS)
         if self._websocket.close_rcvd is not None:
             self.transport.close()

@@ -388,7 +388,7 @@ class Hub:
             case EndSession(ref, session):
                 self._end_session(connection, ref, session)
             case Identify(identity):
-                connection.expires_at = identity.expires_at
+                connection.serve_until(identity.expires_at)
                 self._registry.renew(self._entry(connection, identity))
                 self._reschedule(connection)
             case Withhold():
@@ -505,6 +505,7 @@ class Hub:
     def _close(self, connection: Connection, why: Disconnect) -> None:
         if why is errors.SESSION_REVOKED:
             connection.revoked = True
+            connection.flush()  # its own logout is answered
             connection.deafen()
             self._sever([connection])
         else:

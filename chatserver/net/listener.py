@@ -178,6 +178,9 @@ class Listener:
     def drained(self, connection: Connection) -> None:
         self._hub.drained(connection)
 
+    def holding(self, connection: Connection) -> None:
+        self._hub.fanout.flush_later(connection)
+
     def ended(self, connection: Connection) -> None:
         self._hub.remove(connection)
 

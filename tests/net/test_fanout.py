@@ -15,7 +15,7 @@ from chatserver.core.errors import SLOW_CONSUMER, Disconnect, StoreUnavailable
 from chatserver.core.frames import Since
 from chatserver.core.room import Event, Reading
 from chatserver.net.connection import Connection, Phase
-from chatserver.net.fanout import WRITES_PER_ITERATION, Fanout
+from chatserver.net.fanout import UNISON_MEMBERS, WRITES_PER_ITERATION, Fanout
 from chatserver.store.log import channel
 
 ROOM = "general"
@@ -28,9 +28,11 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.writes: list[bytes] = []
+        self.after_write: Callable[[], None] = lambda: None
 
     def write(self, data: Any) -> None:
         self.writes.append(bytes(data))
+        self.after_write()
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -107,6 +109,13 @@ class Subscriptions:
         self.channels.discard(name)
 
 
+class Owner:
+    """A listener, as far as a connection that only writes needs one."""
+
+    def __init__(self, fanout: Fanout) -> None:
+        self.holding = fanout.flush_later
+
+
 class House:
     """A fan-out with its surroundings."""
 
@@ -123,7 +132,7 @@ class House:
         self.fanout.attach(self.subscriptions)  # type: ignore[arg-type]
 
     def connection(self, name: str = "c") -> Connection:
-        connection = Connection(None, 65536)  # type: ignore[arg-type]
+        connection = Connection(Owner(self.fanout), 65536)  # type: ignore[arg-type]
         connection.transport = Transport()
         connection.phase = Phase.OPEN
         connection.id = name
@@ -394,6 +403,79 @@ async def test_one_whose_place_is_no_longer_in_the_log_is_sent_away() -> None:
     assert house.disconnected == [(slow, SLOW_CONSUMER)]
 
 
+async def test_a_reply_and_an_event_of_one_tick_are_one_write() -> None:
+    house = House()
+    member = house.joined("a")
+    member.send(b'{"type":"ack","id":1}')
+    house.publish()
+    member.send(b'{"type":"ack","id":2}')
+    await settle()
+
+    assert len(writes(member)) == 1
+    assert [frame["type"] for frame in seen(member)] == ["ack", "ack", "message"]
+
+
+async def in_unison(house: House, members: int) -> list[Connection]:
+    """A large room in which nobody has come or gone for a while."""
+    found = [house.joined(f"m{i}") for i in range(members)]
+    for _ in range(2):
+        house.publish()
+        await settle()
+    assert found[0].memberships[ROOM].room.unison is not None
+    return found
+
+
+async def test_in_a_large_room_a_reply_is_not_overtaken_by_a_later_event() -> None:
+    house = House()
+    members = await in_unison(house, UNISON_MEMBERS)
+    members[0].send(b'{"type":"ack","id":1}')
+    house.publish()
+    await settle()
+
+    assert [frame["type"] for frame in seen(members[0])] == ["message", "message", "ack", "message"]
+
+
+async def test_in_a_large_room_nothing_is_delivered_to_whoever_has_left() -> None:
+    house = House()
+    members = await in_unison(house, UNISON_MEMBERS + 1)
+    house.fanout.leave(members[0], ROOM)
+    house.publish()
+    await settle()
+
+    assert offsets(members[0]) == [1, 2]
+    assert all(offsets(member) == [1, 2, 3] for member in members[1:])
+
+
+async def test_in_a_large_room_nothing_is_delivered_to_whoever_was_revoked_in_this_tick() -> None:
+    house = House()
+    members = await in_unison(house, UNISON_MEMBERS)
+    house.publish()
+    members[0].deafen()
+    await settle()
+
+    assert offsets(members[0]) == [1, 2]
+    assert all(offsets(member) == [1, 2, 3] for member in members[1:])
+
+
+async def test_in_a_large_room_an_expired_token_is_noticed_before_the_next_delivery(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    house = House()
+    members = await in_unison(house, UNISON_MEMBERS)
+    members[0].serve_until(time.time() + 100)
+    for _ in range(2):
+        house.publish()
+        await settle()
+    assert members[0].memberships[ROOM].room.unison is not None
+    late = time.time() + 101
+    monkeypatch.setattr("chatserver.net.fanout.time.time", lambda: late)
+    house.publish()
+    await settle()
+
+    assert offsets(members[0]) == [1, 2, 3, 4]
+    assert all(offsets(member) == [1, 2, 3, 4, 5] for member in members[1:])
+
+
 async def test_a_huge_room_is_written_to_over_several_iterations() -> None:
     house = House()
     members = [house.joined(f"m{i}") for i in range(WRITES_PER_ITERATION + 10)]
@@ -573,9 +655,13 @@ async def test_an_empty_room_is_forgotten_after_a_while(monkeypatch: pytest.Monk
     assert house.subscriptions.channels == set()
 
 
+@pytest.mark.parametrize("in_unison", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-async def test_every_member_sees_each_event_once_and_in_order(seed: int) -> None:
+async def test_every_member_sees_each_event_once_and_in_order(
+    seed: int, in_unison: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the store loses, doubles and answers late, and whoever comes, stalls and goes."""
+    monkeypatch.setattr("chatserver.net.fanout.UNISON_MEMBERS", 1 if in_unison else 1000)
     chance = random.Random(seed)
     house = House()
     connections = [house.connection(f"c{i}") for i in range(4)]
@@ -583,7 +669,7 @@ async def test_every_member_sees_each_event_once_and_in_order(seed: int) -> None
     started: set[str] = set()
 
     def publish() -> None:
-        event = house.log.append(origin=chance.choice([None, None, "c0"]))
+        event = house.log.append(origin=chance.choice([None] * 8 + ["c0"]))
         if chance.random() < 0.85:
             in_flight.append(event)
         if chance.random() < 0.1:
@@ -607,15 +693,36 @@ async def test_every_member_sees_each_event_once_and_in_order(seed: int) -> None
             house.join(connection, last=chance.choice([0, 3]))
             house.confirm()
 
-    def stall() -> None:
-        connection = chance.choice(connections)
+    def stall(connection: Connection) -> None:
         connection.writing_paused = True
         house.fanout.hold_back(connection)
+
+    def stall_at_its_own_write() -> None:
+        connection = chance.choice(connections)
+        transport = connection.transport
+        assert isinstance(transport, Transport)
+
+        def after_write() -> None:
+            transport.after_write = lambda: None
+            stall(connection)
+
+        transport.after_write = after_write
 
     def drain() -> None:
         connection = chance.choice(connections)
         connection.writing_paused = False
         house.fanout.catch_up(connection)
+
+    def expire() -> None:
+        chance.choice(connections).serve_until(0.0)
+
+    def refresh() -> None:
+        connection = chance.choice(connections)
+        connection.serve_until(time.time() + 900)
+        house.fanout.catch_up(connection)
+
+    def reply() -> None:
+        chance.choice(connections).send(b'{"type":"ack","id":1}')
 
     epochs, forking = 1, chance.choice([0.0, 0.3])
 
@@ -626,15 +733,22 @@ async def test_every_member_sees_each_event_once_and_in_order(seed: int) -> None
             house.log.fork(f"e{epochs}", lost=chance.choice([0, 0, 1, 3]))
             in_flight.clear()
 
-    steps = [publish, publish, hear, hear, answer, answer, join, stall, drain, house.fanout.tick]
-    steps.append(fork)
-    for _ in range(400):
+    steps = [publish, hear, answer, join, drain, drain, house.fanout.tick, reply, fork]
+    steps += [stall_at_its_own_write, lambda: stall(chance.choice(connections))]
+    steps += [expire, refresh, refresh]
+    for _ in range(200):
         chance.choice(steps)()
-        if chance.random() < 0.5:
-            await asyncio.sleep(0)
+        # What is live must stay so for a while to be written to in unison.
+        for _ in range(chance.randrange(6)):
+            chance.choice([publish, hear, answer])()
+            if chance.random() < 0.5:
+                await asyncio.sleep(0)
 
     for connection in connections:
+        assert isinstance(connection.transport, Transport)
+        connection.transport.after_write = lambda: None
         connection.writing_paused = False
+        connection.serve_until(time.time() + 900)
         house.fanout.catch_up(connection)
     house.confirm()
     for _ in range(200):
@@ -656,6 +770,8 @@ def check_view(connection: Connection, log: Log) -> None:
         match frame["type"]:
             case "reset":
                 position = frame["offset"]
+            case "ack":
+                pass
             case "message" | "skip":
                 assert position in (None, frame["offset"] - 1)
                 position = frame["offset"]
