@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.asyncio.connection import Connection as RedisConnection
 
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.protocol import Publish
-from chatserver.store.link import READ, Lane, Store, Subscription, understood
+from chatserver.store.link import READ, Argument, Lane, Store, Subscription, packed, understood
 from chatserver.store.log import RoomLog, channel
 from tests.support.proxy import Proxy
 from tests.support.tokens import unique
@@ -47,6 +50,21 @@ class Heard:
         self.subscription: Subscription
         self.messages: list[tuple[str, bytes]] = []
         self.confirmed: list[str] = []
+
+
+ARGUMENTS = st.one_of(
+    st.binary(max_size=1100),
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.integers(),
+    st.floats(),
+)
+
+
+@given(st.lists(st.lists(ARGUMENTS, max_size=20), min_size=1, max_size=5))
+def test_commands_are_packed_as_redis_py_packs_them(many: list[list[Argument]]) -> None:
+    commands = [["EVALSHA", *arguments] for arguments in many]
+    theirs = RedisConnection().pack_commands(commands)
+    assert packed(commands) == b"".join(theirs)
 
 
 @pytest.fixture
