@@ -6,10 +6,13 @@ import socket
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
-from . import wire
+from . import report, wire
 from .servers import Process, Rig, Unavailable, Usage
 
+ABOUT = "deliveries/s in one room, beside a C epoll loop and websockets' broadcast()"
+SOCKETS = 1000
 EVENT_BYTES = 200
 WINDOWS = (1, 64)
 ROUNDS = 3
@@ -157,7 +160,7 @@ def broadcast(rig: Rig, sockets: int) -> Subject:
 
 def run(seconds: float, sockets: int | None) -> dict[str, object]:
     """Rounds of all servers in turn, so that a noisy moment hits none of them alone."""
-    sockets = min(sockets or 1000, wire.descriptors_left() // 3)
+    sockets = min(sockets or SOCKETS, wire.descriptors_left() // 3)
     notes: list[str] = []
     with Rig() as rig:
         store = rig.store()
@@ -213,3 +216,19 @@ def _warning(row: dict[str, object]) -> str | None:
     if shares["disturbed"] > 0.1:
         return f"{who}: other processes had the server's core for {shares['disturbed']:.0%}"
     return None
+
+
+def table(result: dict[str, Any]) -> report.Table:
+    rows = []
+    for row in result["rows"]:
+        ratios = [f"{row[f'x {name}']:.2f}" if f"x {name}" in row else "-" for name in YARDSTICKS]
+        shares = [report.share(row["cpu"], name) for name in ("server", "client", "store")]
+        rows.append(
+            [row["server"], str(row["window"]), f"{row['deliveries']:,.0f}", *ratios, *shares]
+        )
+    yardsticks = [f"x {name}" for name in YARDSTICKS]
+    return report.Table(
+        f"one room, {result['sockets']:,} receivers; W messages in flight; medians of rounds",
+        ["server", "W", "deliveries/s", *yardsticks, "server CPU", "client", "store"],
+        rows,
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from . import wire
+from . import report, wire
 from .servers import Rig, Usage
 
+ABOUT = "per idle socket"
 SOCKETS = 15_000
 MEMBERS = 10
 WARM_SOCKETS = 4_500
@@ -15,7 +17,7 @@ when modules were compiled), which would flatter whoever fills it: 0.8 KB for ea
 SETTLE_SECONDS = 1.0
 
 
-def run(sockets: int | None) -> dict[str, object]:
+def run(seconds: float, sockets: int | None) -> dict[str, object]:
     """Each socket with its own user and session, ten to a room."""
     asked = sockets or SOCKETS
     sockets = min(asked, wire.descriptors_left() - WARM_SOCKETS)
@@ -51,3 +53,16 @@ def run(sockets: int | None) -> dict[str, object]:
 
 def _room(index: int) -> str:
     return f"room-{index // MEMBERS:05}"
+
+
+def table(result: dict[str, Any]) -> report.Table:
+    return report.Table(
+        f"{result['sockets']:,} idle sockets, each its own user and session, 10 to a room",
+        ["", "figure"],
+        [
+            ["resident memory per socket", f"{result['kilobytes']:.2f} KB"],
+            ["handshake and join", f"{result['entries']:,.0f} per second"],
+            ["server CPU meanwhile", report.share(result["cpu"], "server")],
+            ["client CPU meanwhile", report.share(result["cpu"], "client")],
+        ],
+    )

@@ -7,14 +7,16 @@ import select
 import socket
 import statistics
 import time
+from typing import Any
 
 from chatserver.core.session import Kind
 from chatserver.store import revocations
 from chatserver.store.link import Store
 
-from . import wire
+from . import report, wire
 from .servers import Rig
 
+ABOUT = "until a user's sockets are closed"
 SOCKETS = 1000
 ROUNDS = 5
 PATIENCE_SECONDS = 5.0
@@ -84,7 +86,7 @@ async def _measure(rig: Rig, port: int, sockets: int) -> list[dict[str, list[flo
     return rounds
 
 
-def run(sockets: int | None) -> dict[str, object]:
+def run(seconds: float, sockets: int | None) -> dict[str, object]:
     sockets = min(sockets or SOCKETS, wire.descriptors_left())
     with Rig() as rig:
         rig.store()
@@ -106,3 +108,15 @@ def _summary(rounds: list[list[float]]) -> dict[str, float]:
         "max": statistics.median(each[-1] for each in rounds),
         "worst": max(each[-1] for each in rounds),
     }
+
+
+def table(result: dict[str, Any]) -> report.Table:
+    names = {"told": "close frame received", "closed": "connection closed"}
+    return report.Table(
+        f"{result['sockets']:,} sockets of one user; ms since the call; medians of rounds",
+        ["", "p50", "p99", "max", "worst round's max"],
+        [
+            [text, *(f"{result[name][part]:.1f}" for part in ("p50", "p99", "max", "worst"))]
+            for name, text in names.items()
+        ],
+    )

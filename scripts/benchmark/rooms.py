@@ -8,12 +8,15 @@ import socket
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from . import wire
+from . import report, wire
 from .servers import Process, Rig, Usage
 
+ABOUT = "many small rooms, sends/s and latency"
 ROOMS = 500
 MEMBERS = 10
+SOCKETS = ROOMS * MEMBERS
 OPEN_RATE = 2000
 PADDING = b"x" * 60
 WARM_SECONDS = 0.5
@@ -140,7 +143,7 @@ def _enter(rig: Rig, worker: Process, rooms: int) -> list[socket.socket]:
 
 
 def run(seconds: float, sockets: int | None) -> dict[str, object]:
-    rooms = max(1, min((sockets or ROOMS * MEMBERS), wire.descriptors_left()) // MEMBERS)
+    rooms = max(1, min((sockets or SOCKETS), wire.descriptors_left()) // MEMBERS)
     with select.epoll() as epoll, Rig() as rig:
         store = rig.store()
         worker = rig.worker()
@@ -150,3 +153,20 @@ def run(seconds: float, sockets: int | None) -> dict[str, object]:
             seconds, OPEN_RATE, Usage(server=worker, store=store)
         )
     return {"rooms": rooms, "members": MEMBERS, "closed": closed, "open": opened, "notes": []}
+
+
+def table(result: dict[str, Any]) -> report.Table:
+    closed, opened = result["closed"], result["open"]
+    return report.Table(
+        f"{result['rooms']} rooms of {result['members']}, a publisher in each",
+        ["", "figure"],
+        [
+            ["closed loop, one in flight per room", f"{closed['sends']:,.0f} sends/s"],
+            ["… server, client, store CPU", report.all_shares(closed["cpu"])],
+            [f"open loop, {opened['rate']:,} sends/s: p50", f"{opened['p50']:.2f} ms"],
+            ["… p99", f"{opened['p99']:.2f} ms"],
+            ["… longest", f"{opened['max']:.2f} ms"],
+            ["… the client's own longest delay", f"{opened['client_late']:.2f} ms"],
+            ["… server, client, store CPU", report.all_shares(opened["cpu"])],
+        ],
+    )

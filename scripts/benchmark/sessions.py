@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import socket
 import time
+from typing import Any
 
 from chatserver.core.session import Kind
 from chatserver.store import revocations
@@ -18,9 +19,10 @@ from chatserver.store.link import Store
 from chatserver.store.refresh import RefreshTokens
 from chatserver.store.sessions import Sessions
 
-from . import wire
+from . import report, wire
 from .servers import Process, Rig
 
+ABOUT = "revoked one by one on two workers, and rotated"
 SOCKETS = 10_000
 REVOKED = 100
 DEAF = 20
@@ -135,7 +137,7 @@ async def _measure(rig: Rig, workers: list[Process], sockets: int) -> dict[str, 
     }
 
 
-def run(sockets: int | None) -> dict[str, object]:
+def run(seconds: float, sockets: int | None) -> dict[str, object]:
     sockets = min(sockets or SOCKETS, wire.descriptors_left())
     with Rig() as rig:
         rig.store()
@@ -150,3 +152,21 @@ def _summary(times: list[float]) -> dict[str, float]:
         "p99": times[len(times) * 99 // 100],
         "max": times[-1],
     }
+
+
+def table(result: dict[str, Any]) -> report.Table:
+    names = {
+        "closed": "revoke: both sockets closed",
+        "returned": "revoke: the call returned",
+        "deaf": "revoke, pub/sub killed: closed",
+        "rotated": "a refresh token rotated",
+    }
+    return report.Table(
+        f"{result['sockets']:,} sockets on two workers, each session with one on both; ms",
+        ["", "p50", "p99", "max"],
+        [
+            [text, *(f"{result[name][part]:.2f}" for part in ("p50", "p99", "max"))]
+            for name, text in names.items()
+        ],
+        f"handshakes right after a revocation: {result['tried']}, accepted {result['accepted']}",
+    )

@@ -13,11 +13,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import wire
+from . import report, wire
 from .servers import Process, Rig
 
-MEMBERS = 200
+ABOUT = "readers that stop, and what the others notice"
+SOCKETS = 200
 STOPPED = 10
 CRAWLING = 10
 PROBES = 10
@@ -145,9 +147,9 @@ def _memory(server: Process) -> int:
     return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * 4096
 
 
-def run(seconds: float, members: int | None) -> dict[str, object]:
+def run(seconds: float, sockets: int | None) -> dict[str, object]:
     seconds = max(seconds, SECONDS)
-    count = members or MEMBERS
+    count = sockets or SOCKETS
     with Rig() as rig:
         rig.store()
         server = rig.worker(CHATSERVER_HISTORY=str(HISTORY))
@@ -192,3 +194,21 @@ def run(seconds: float, members: int | None) -> dict[str, object]:
         "caught_up": max(times),
         "notes": sorted({said for reader in slow for said in reader.said})[:5],
     }
+
+
+def table(result: dict[str, Any]) -> report.Table:
+    before, after = result["baseline"], result["disturbed"]
+    least, ratio, most = result["ratios"]
+    return report.Table(
+        f"{result['members']} members, {RATE} messages/s of {BODY} bytes; then {STOPPED} of them "
+        f"stop reading and {CRAWLING} read 1 kB/s for {result['seconds']:.0f} s",
+        ["medians of three rounds", "all read", f"{STOPPED + CRAWLING} do not"],
+        [
+            ["p50 of the others", f"{before['p50']:.2f} ms", f"{after['p50']:.2f} ms"],
+            ["p99", f"{before['p99']:.2f} ms", f"{after['p99']:.2f} ms"],
+            ["… ratio, of three rounds", f"{least:.2f}-{most:.2f}", f"{ratio:.2f}"],
+            ["worker's memory, growth", f"{before['grown']:.1f} MB", f"{after['grown']:.1f} MB"],
+        ],
+        f"then these read on: {result['complete']} of {STOPPED + CRAWLING} have every event, once "
+        f"and in order, after {result['caught_up']:.1f} s at most",
+    )

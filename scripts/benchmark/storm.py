@@ -11,14 +11,16 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import uvloop
 
-from . import wire
+from . import report, wire
 from .servers import Process, Rig
 from .swarm import Member, Publisher, Tally
 
-CLIENTS = 10_000
+ABOUT = "a worker is killed, until its clients are back"
+SOCKETS = 10_000
 MEMBERS = 100
 """Of each room."""
 RATE = 100
@@ -116,10 +118,29 @@ async def _measure(rig: Rig, server: Process, count: int) -> dict[str, object]:
     }
 
 
-def run(clients: int | None) -> dict[str, object]:
-    count = min(clients or CLIENTS, wire.descriptors_left())
+def run(seconds: float, sockets: int | None) -> dict[str, object]:
+    count = min(sockets or SOCKETS, wire.descriptors_left())
     with Rig() as rig:
         rig.store()
         server = rig.serve(workers=2)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_measure(rig, server, count)) | {"notes": []}
+
+
+def table(result: dict[str, Any]) -> report.Table:
+    back = result["back"]
+    return report.Table(
+        f"{result['clients']:,} clients on two workers; one worker is killed, {result['hit']:,} "
+        f"clients come back with full jitter; {result['sent']:,} messages meanwhile",
+        ["", "figure"],
+        [
+            ["handshakes and joins before", f"{result['entered']:,.0f} per second"],
+            ["back and caught up: p50", f"{back['p50']:.2f} s"],
+            ["… p99", f"{back['p99']:.2f} s"],
+            ["… the last", f"{back['max']:.2f} s"],
+            ["delivered", f"{result['delivered']:,}"],
+            ["lost, doubled", f"{result['lost']}, {result['doubled']}"],
+            ["rejoins without proof", f"{result['unrecovered']}"],
+            ["handshakes refused", str(result["refused"] or "none")],
+        ],
+    )
