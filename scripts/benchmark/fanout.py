@@ -11,13 +11,19 @@ from typing import Any
 from . import report, wire
 from .servers import Process, Rig, Unavailable, Usage
 
-ABOUT = "deliveries/s in one room, beside a C epoll loop and websockets' broadcast()"
+ABOUT = "deliveries/s in one room, beside C, websockets' broadcast(), Node ws, Socket.IO"
 SOCKETS = 1000
 EVENT_BYTES = 200
 WINDOWS = (1, 64)
 ROUNDS = 3
-EPOLL, BROADCAST = "C epoll", "websockets broadcast()"
-YARDSTICKS = (EPOLL, BROADCAST)
+CHATSERVER, EPOLL, BROADCAST, WS, SOCKETIO = (
+    "chatserver",
+    "C epoll",
+    "broadcast()",
+    "Node ws",
+    "Socket.IO",
+)
+YARDSTICKS = (EPOLL, BROADCAST, WS, SOCKETIO)
 WARM_SECONDS = 0.3
 DRAIN_SECONDS = 5.0
 
@@ -29,10 +35,14 @@ class Publisher:
     itself, and until it was acknowledged where the server does so.
     """
 
-    def __init__(self, client: socket.socket, message: bytes, *, acknowledged: bool) -> None:
+    def __init__(
+        self, client: socket.socket, message: bytes, event: bytes, *, acknowledged: bool
+    ) -> None:
         client.setblocking(True)
         self.client = client
         self._message = message
+        self._event = event
+        """What every event begins with."""
         self._acknowledged = acknowledged
         self._buffer = bytearray()
         self.window = 0
@@ -58,7 +68,7 @@ class Publisher:
             raise RuntimeError("the server closed the publisher's connection")
         self._buffer += data
         for _, payload, size in wire.take_frames(self._buffer):
-            if payload.startswith(wire.MESSAGE):
+            if payload.startswith(self._event):
                 self.events += 1
                 self.event_bytes += size
             elif payload.startswith(wire.ACK):
@@ -114,9 +124,15 @@ class Subject:
 
 
 def subject_of(
-    name: str, clients: list[socket.socket], message: bytes, usage: Usage, *, acknowledged: bool
+    name: str,
+    clients: list[socket.socket],
+    message: bytes,
+    usage: Usage,
+    *,
+    event: bytes = wire.MESSAGE,
+    acknowledged: bool = False,
 ) -> Subject:
-    publisher = Publisher(clients[-1], message, acknowledged=acknowledged)
+    publisher = Publisher(clients[-1], message, event, acknowledged=acknowledged)
     others = {publisher.client.fileno(): publisher.receive}
     return Subject(name, publisher, wire.Sink(clients[:-1], others), usage)
 
@@ -129,56 +145,80 @@ def chatserver(rig: Rig, worker: Process, store: Process, sockets: int) -> Subje
     body = b'{"text":"%b"}' % (b"x" * (EVENT_BYTES - len(head) - len(b',"body":{"text":""}}')))
     message = wire.client_frame(b'{"type":"send","id":1,"room":"bench","body":%b}' % body)
     usage = Usage(server=worker, store=store)
-    return subject_of("chatserver", clients, message, usage, acknowledged=True)
+    return subject_of(CHATSERVER, clients, message, usage, acknowledged=True)
 
 
-def event() -> bytes:
+def _event(start: bytes, end: bytes) -> bytes:
     """What the servers without a protocol of their own pass on."""
-    start = wire.MESSAGE + b',"text":"'
-    return start + b"x" * (EVENT_BYTES - len(start) - 2) + b'"}'
+    return start + b"x" * (EVENT_BYTES - len(start) - len(end)) + end
+
+
+MESSAGE = _event(wire.MESSAGE + b',"text":"', b'"}')
+SOCKETIO_EVENT = b'42["message",'
 
 
 def epoll_send(rig: Rig, sockets: int) -> Subject:
-    frame = wire.server_frame(event())
+    frame = wire.server_frame(MESSAGE)
     server = rig.epoll_send(sockets, len(frame))
     clients = [wire.connect(server.port, index) for index in range(sockets + 1)]
-    return subject_of(EPOLL, clients, frame, Usage(server=server), acknowledged=False)
+    return subject_of(EPOLL, clients, frame, Usage(server=server))
 
 
 def broadcast(rig: Rig, sockets: int) -> Subject:
     server = rig.broadcast()
+    clients = [_upgraded(server, index, "/")[0] for index in range(sockets + 1)]
+    return subject_of(BROADCAST, clients, wire.client_frame(MESSAGE), Usage(server=server))
+
+
+def ws(rig: Rig, sockets: int) -> Subject:
+    server = rig.node("ws.mjs")
+    clients = [_upgraded(server, index, "/")[0] for index in range(sockets + 1)]
+    return subject_of(WS, clients, wire.client_frame(MESSAGE), Usage(server=server))
+
+
+def socketio(rig: Rig, sockets: int) -> Subject:
+    """Engine.IO's packets 0 (open) and 4 (message), Socket.IO's 0 (connect) and 2 (event)."""
+    server = rig.node("socketio.mjs")
     clients = []
     for index in range(sockets + 1):
-        client = wire.connect(server.port, index)
-        client.sendall(wire.upgrade(None, "/"))
-        wire.await_upgrade(client)
+        client, rest = _upgraded(server, index, "/socket.io/?EIO=4&transport=websocket")
+        wire.await_frame(client, b'0{"sid"', rest)
+        client.sendall(wire.client_frame(b"40"))
+        wire.await_frame(client, b'40{"sid"', bytearray())
         clients.append(client)
-    message = wire.client_frame(event())
+    message = wire.client_frame(_event(SOCKETIO_EVENT + b'{"text":"', b'"}]'))
     usage = Usage(server=server)
-    return subject_of(BROADCAST, clients, message, usage, acknowledged=False)
+    return subject_of(SOCKETIO, clients, message, usage, event=SOCKETIO_EVENT)
+
+
+def _upgraded(server: Process, index: int, path: str) -> tuple[socket.socket, bytearray]:
+    """A WebSocket without a token, and what came after the answer to its handshake."""
+    client = wire.connect(server.port, index)
+    client.sendall(wire.upgrade(None, path))
+    return client, wire.await_upgrade(client)
 
 
 def run(seconds: float, sockets: int | None) -> dict[str, object]:
     """Rounds of all servers in turn, so that a noisy moment hits none of them alone."""
-    sockets = min(sockets or SOCKETS, wire.descriptors_left() // 3)
+    sockets = min(sockets or SOCKETS, wire.descriptors_left() // 5)
     notes: list[str] = []
     with Rig() as rig:
         store = rig.store()
         # Bytes are compared, so there must be no pings among the events.
         worker = rig.worker(CHATSERVER_PING_INTERVAL="3600")
         subjects = [chatserver(rig, worker, store, sockets)]
-        try:
-            subjects.append(epoll_send(rig, sockets))
-        except Unavailable as missing:
-            notes.append(str(missing))
-        subjects.append(broadcast(rig, sockets))
+        for yardstick in (epoll_send, broadcast, ws, socketio):
+            try:
+                subjects.append(yardstick(rig, sockets))
+            except Unavailable as missing:
+                notes.append(str(missing))
         for _ in range(ROUNDS):
             for window in WINDOWS:
                 for subject in subjects:
                     subject.measure(window, seconds)
     rows = [_row(subject, window, subjects) for window in WINDOWS for subject in subjects]
     notes += [note for row in rows if (note := _warning(row))]
-    return {"sockets": sockets, "rows": rows, "notes": notes}
+    return {"sockets": sockets, "rows": rows, "notes": list(dict.fromkeys(notes))}
 
 
 def _row(subject: Subject, window: int, subjects: list[Subject]) -> dict[str, object]:

