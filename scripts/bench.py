@@ -22,12 +22,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import structlog
-from benchmark import fanout, memory, revoke, rooms, sessions, slow, storm, wire
+from benchmark import crowd, fanout, memory, revoke, rooms, sessions, slow, storm, wire
 
 Result = dict[str, Any]
 SECONDS = 2.0
 BENCHMARKS: dict[str, ModuleType] = {
     "fanout": fanout,
+    "crowd": crowd,
     "memory": memory,
     "revoke": revoke,
     "sessions": sessions,

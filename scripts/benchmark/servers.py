@@ -54,10 +54,6 @@ class Process:
         self.port = port
         self.pid = popen.pid
 
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
     def waited_seconds(self) -> float:
         """How long it was ready to run and another process had its core."""
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
@@ -75,24 +71,52 @@ class Process:
         """Resident bytes, after a collection of garbage. Only of a worker."""
         os.kill(self.pid, signal.SIGUSR1)
         self.await_report()
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-        return int(line.split()[1]) * 1024
+        return resident_bytes(self.pid)
 
-    def await_report(self) -> None:
+    def await_report(self, seconds: float = START_SECONDS) -> None:
         """Wait for the process to write a line. Raises RuntimeError with its log instead."""
+        if not self._read(1, time.monotonic() + seconds):
+            raise RuntimeError(f"a process does not answer:\n{self._log.read_text()}")
+
+    def last_words(self, seconds: float) -> bytes:
+        """All that it still writes, until its end. Raises RuntimeError if that does not come."""
+        deadline = time.monotonic() + seconds
+        words = b""
+        while data := self._read(1 << 16, deadline):
+            words += data
+        return words
+
+    def _read(self, most: int, deadline: float) -> bytes:
         report = select.poll()  # select() itself knows no descriptor above 1023
         report.register(self._report, select.POLLIN)
-        if not report.poll(START_SECONDS * 1000) or not os.read(self._report, 1):
-            raise RuntimeError(f"a server does not answer:\n{self._log.read_text()}")
+        if not report.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise RuntimeError(f"a process takes too long:\n{self._log.read_text()}")
+        return os.read(self._report, most)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def resident_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
 
 
 class Rig:
-    """One benchmark's servers and their store. Use it in a ``with`` statement."""
+    """One benchmark's servers and their store. Use it in a ``with`` statement.
 
-    def __init__(self) -> None:
+    The server has the first core, its clients and its store the last one; with ``pinned=False``
+    all of them take the cores as they come.
+    """
+
+    def __init__(self, *, pinned: bool = True) -> None:
         cores = sorted(os.sched_getaffinity(0))
-        self.server_core, self.client_core = cores[0], cores[-1]
+        self._server_cores, self._client_cores = (
+            ({cores[0]}, {cores[-1]}) if pinned else (set(cores), set(cores))
+        )
         self.secret = secrets.token_urlsafe(48)
         self._exit = ExitStack()
 
@@ -101,7 +125,7 @@ class Rig:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._exit.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         self._exit.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {self.client_core})
+        os.sched_setaffinity(0, self._client_cores)
         directory = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
         self._directory = Path(directory)
         return self
@@ -118,7 +142,7 @@ class Rig:
         path = self._directory / "store.sock"
         command = [_store_binary(), "--port", "0", "--unixsocket", str(path), "--save", ""]
         command += ["--appendonly", "yes", "--dir", str(self._directory)]
-        process = self._start("store", command, core=self.client_core)
+        process = self._start("store", command, cores=self._client_cores)
         deadline = time.monotonic() + START_SECONDS
         with socket.socket(socket.AF_UNIX) as probe:
             while probe.connect_ex(str(path)):
@@ -180,6 +204,25 @@ class Rig:
             command = [str(binary), fd, str(receivers), str(frame_bytes)]
             return self._start("epoll_send", command, listener=listener)
 
+    def members(self, port: int, room: str, *, first: int, count: int, messages: int) -> Process:
+        """A part of a crowd (crowd_members.py), on its way into the room."""
+        environment = dict(os.environ) | {"CHATSERVER_SECRET": self.secret}
+        arguments = [str(port), room, str(first), str(count), str(messages)]
+        read_end, write_end = os.pipe()
+        self._exit.callback(os.close, read_end)
+        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{HERE.parent}"
+        command = [sys.executable, "-m", "benchmark.crowd_members", *arguments, str(write_end)]
+        try:
+            return self._start(
+                f"members-{first}",
+                command,
+                cores=self._client_cores,
+                report=(read_end, write_end),
+                environment=environment,
+            )
+        finally:
+            os.close(write_end)
+
     def _script(self, command: list[str], environment: dict[str, str]) -> Process:
         """A script of this directory that says when it is ready."""
         interpreter, script = command
@@ -206,12 +249,12 @@ class Rig:
         name: str,
         command: list[str],
         *,
-        core: int | None = None,
+        cores: set[int] | None = None,
         listener: socket.socket | None = None,
         report: tuple[int, int] = (-1, -1),
         environment: dict[str, str] | None = None,
     ) -> Process:
-        core = self.server_core if core is None else core
+        cores = cores or self._server_cores
         passed = [fd for fd in (listener.fileno() if listener else -1, report[1]) if fd >= 0]
         log = self._directory / f"{name}.log"
         with log.open("wb") as output:
@@ -223,7 +266,7 @@ class Rig:
                 pass_fds=passed,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
             )
         self._exit.callback(_end, popen)
         port = listener.getsockname()[1] if listener else 0
@@ -302,7 +345,7 @@ class Usage:
         self._began = self._now()
 
     def _now(self) -> dict[str, float]:
-        used = {name: process.cpu_seconds() for name, process in self._processes.items()}
+        used = {name: cpu_seconds(process.pid) for name, process in self._processes.items()}
         used["client"] = time.process_time()
         used["disturbed"] = self._processes["server"].waited_seconds()
         return used

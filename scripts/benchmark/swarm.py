@@ -17,7 +17,6 @@ from typing import cast
 from . import wire
 
 LONGEST_WAIT = 30.0
-PING, PONG = 9, 10
 
 
 class Tally:
@@ -148,8 +147,8 @@ class Member(asyncio.Protocol):
 
     def _receive(self, opcode: int, payload: bytes) -> None:
         assert self._transport is not None
-        if opcode == PING:
-            self._transport.write(wire.client_frame(payload, PONG))
+        if opcode == wire.PING:
+            self._transport.write(wire.client_frame(payload, wire.PONG))
         elif opcode == wire.CLOSE:
             self._said = str(int.from_bytes(payload[:2], "big"))
             self._transport.write(wire.client_frame(payload, wire.CLOSE))

@@ -21,7 +21,7 @@ BATCH = 100
 SWEEP_SECONDS = 0.01
 SLICE = 50
 """Receivers read before publishers are looked after again: some 100 µs."""
-TEXT, CLOSE = 1, 8
+TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 ACK, MESSAGE, WELCOME = b'{"type":"ack"', b'{"type":"message"', b'{"type":"welcome"'
 JOIN_TRIES = 5
 _LINGER_NOT = struct.pack("ii", 1, 0)
