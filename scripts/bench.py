@@ -47,10 +47,10 @@ def main() -> None:
     results: Result = {"machine": _machine()}
     print(_machine_line(results["machine"]))
     for name in names:
-        wire.repeated_joins.clear()
+        wire.repeated.clear()
         result = results[name] = BENCHMARKS[name].run(options.seconds, options.sockets)
-        if times := len(wire.repeated_joins):
-            result["notes"].append(f"{times} joins were answered unavailable, and repeated")
+        if times := len(wire.repeated):
+            result["notes"].append(f"{times} commands were answered unavailable, and repeated")
         print(f"\n{name}\n{BENCHMARKS[name].table(result).text()}")
         for note in result["notes"]:
             print(f"  note: {note}", flush=True)

@@ -15,7 +15,7 @@ import resource
 import select
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 from . import wire
 
@@ -32,16 +32,19 @@ class Members:
     def __init__(self, port: int, room: str, first: int, count: int) -> None:
         mint = wire.Mint(os.environ["CHATSERVER_SECRET"])
         tokens = [mint.token(f"user-{first + index}") for index in range(count)]
-        self._clients = wire.enter(port, tokens, lambda index: room)
+        clients = wire.enter(port, tokens, lambda index: room)
         self._buffers: dict[int, bytearray] = {}
         """Of the sockets with a part of a frame."""
-        self._by_fd = {client.fileno(): client for client in self._clients}
+        self._by_fd = {client.fileno(): client for client in clients}
+        self._known: dict[bytes, tuple[int, int]] = {}
+        """Number and time of messages, by their frames: these are the same for every socket, and
+        all but the first need not be parsed."""
         self._last = dict.fromkeys(self._by_fd, 0)
         self._epoll = select.epoll()
-        for client in self._clients:
+        for client in clients:
             client.setblocking(False)
             self._epoll.register(client, select.EPOLLIN)
-        self._latencies: dict[int, Counter[int]] = {}
+        self._latencies: defaultdict[int, Counter[int]] = defaultdict(Counter)
         """By message: how many sockets had it after so many steps."""
         self._lost = self._doubled = self._closed = 0
 
@@ -58,34 +61,42 @@ class Members:
                     missing -= self._last[fd] == messages
 
     def _receive(self, fd: int) -> None:
-        client = self._by_fd[fd]
         try:
-            data = client.recv(65536)
+            data = self._by_fd[fd].recv(65536)
         except ConnectionError:
             data = b""
         now = time.perf_counter_ns()
-        if not data:
+        if (known := self._known.get(data)) and fd not in self._buffers:
+            self._place(fd, known, now)
+        elif data:
+            self._parse(fd, data, now)
+        else:
             self._closed += 1
             self._epoll.unregister(fd)
-            return
+
+    def _parse(self, fd: int, data: bytes, now: int) -> None:
         buffer = self._buffers.pop(fd, bytearray())
         buffer += data
-        for opcode, payload, _ in wire.take_frames(buffer):
+        for opcode, payload, size in wire.take_frames(buffer):
             if opcode == wire.PING:
-                client.send(wire.client_frame(payload, wire.PONG))
+                self._by_fd[fd].send(wire.client_frame(payload, wire.PONG))
             elif found := _MESSAGE.search(payload):
-                self._place(fd, int(found[1]), now - int(found[2]))
+                message = (int(found[1]), int(found[2]))
+                self._place(fd, message, now)
+                if size == len(data):
+                    self._known[data] = message
         if buffer:
             self._buffers[fd] = buffer
 
-    def _place(self, fd: int, number: int, latency: int) -> None:
+    def _place(self, fd: int, message: tuple[int, int], now: int) -> None:
+        number, due = message
         last = self._last[fd]
         if number <= last:
             self._doubled += 1
             return
         self._lost += number - last - 1
         self._last[fd] = number
-        self._latencies.setdefault(number, Counter())[latency // BUCKET_NS] += 1
+        self._latencies[number][(now - due) // BUCKET_NS] += 1
 
     def report(self, messages: int) -> dict[str, object]:
         return {
@@ -93,7 +104,7 @@ class Members:
             "lost": self._lost + sum(messages - last for last in self._last.values()),
             "doubled": self._doubled,
             "closed": self._closed,
-            "repeated_joins": len(wire.repeated_joins),
+            "repeated": len(wire.repeated),
         }
 
 

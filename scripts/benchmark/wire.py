@@ -23,12 +23,12 @@ SLICE = 50
 """Receivers read before publishers are looked after again: some 100 µs."""
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 ACK, MESSAGE, WELCOME = b'{"type":"ack"', b'{"type":"message"', b'{"type":"welcome"'
-JOIN_TRIES = 5
+TRIES = 5
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
 
-repeated_joins: list[str] = []
-"""Rooms whose join was answered ``unavailable``, once for each time; the benchmark tells."""
+repeated: list[bytes] = []
+"""Commands that were answered ``unavailable``, once for each time; the benchmark tells."""
 
 
 class Busy(Exception):
@@ -103,8 +103,8 @@ class Mint:
         )
 
 
-def join(room: str) -> bytes:
-    return client_frame(b'{"type":"join","id":1,"room":"%b"}' % room.encode())
+def _join(room: str) -> bytes:
+    return b'{"type":"join","id":1,"room":"%b"}' % room.encode()
 
 
 def enter(
@@ -135,23 +135,30 @@ def _finish(clients: list[socket.socket], first: int, room_of: Callable[[int], s
         await_frame(client, WELCOME, await_upgrade(client))
         room = room_of(index)
         if room is not None:
-            client.sendall(join(room))
-            joining.append((client, room))
-    for client, room in joining:
-        _await_join(client, room)
+            command = _join(room)
+            client.sendall(client_frame(command))
+            joining.append((client, command))
+    for client, command in joining:
+        _await_ack(client, command)
 
 
-def _await_join(client: socket.socket, room: str) -> None:
-    """Wait for the ack; a join the server was too busy for is repeated, as any client would."""
-    for _ in range(JOIN_TRIES):
+def acknowledged(client: socket.socket, command: bytes) -> None:
+    """Send a command and wait for its ack; one that the server was too busy for is repeated, as
+    any client would."""
+    client.sendall(client_frame(command))
+    _await_ack(client, command)
+
+
+def _await_ack(client: socket.socket, command: bytes) -> None:
+    for _ in range(TRIES):
         try:
             await_frame(client, ACK, bytearray())
         except Busy:
-            repeated_joins.append(room)
-            client.sendall(join(room))
+            repeated.append(command)
+            client.sendall(client_frame(command))
         else:
             return
-    raise RuntimeError(f"the join of {room} was refused {JOIN_TRIES} times")
+    raise RuntimeError(f"refused {TRIES} times: {command!r}")
 
 
 def await_upgrade(client: socket.socket) -> bytearray:
