@@ -50,7 +50,9 @@ def main() -> None:
         wire.repeated.clear()
         result = results[name] = BENCHMARKS[name].run(options.seconds, options.sockets)
         if times := len(wire.repeated):
-            result["notes"].append(f"{times} commands were answered unavailable, and repeated")
+            result["notes"].append(
+                f"{times} joins, sends or handshakes were answered unavailable, and repeated"
+            )
         print(f"\n{name}\n{BENCHMARKS[name].table(result).text()}")
         for note in result["notes"]:
             print(f"  note: {note}", flush=True)

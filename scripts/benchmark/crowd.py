@@ -83,7 +83,7 @@ def run(seconds: float, sockets: int | None) -> dict[str, object]:
         used = spent.cores()
         after = sum(map(resident_bytes, workers))
         told = [json.loads(each.last_words(DRAIN_SECONDS)) for each in members]
-    wire.repeated.extend(b"a join" for each in told for _ in range(each["repeated"]))
+    wire.repeated.extend(b"a member's" for each in told for _ in range(each["repeated"]))
     notes = [] if count == asked else [f"only {count:,} sockets: the descriptor limit"]
     if used["others"] > 0.2:
         notes.append(f"other processes had {used['others']:.1f} of the {os.cpu_count()} cores")

@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from chatserver.store.keyring import Keyring
 
@@ -24,11 +25,12 @@ SLICE = 50
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 ACK, MESSAGE, WELCOME = b'{"type":"ack"', b'{"type":"message"', b'{"type":"welcome"'
 TRIES = 5
+BUSY_SECONDS = 1.0
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
 
 repeated: list[bytes] = []
-"""Commands that were answered ``unavailable``, once for each time; the benchmark tells."""
+"""What was answered ``unavailable``, once for each time; the benchmark tells."""
 
 
 class Busy(Exception):
@@ -103,10 +105,6 @@ class Mint:
         )
 
 
-def _join(room: str) -> bytes:
-    return b'{"type":"join","id":1,"room":"%b"}' % room.encode()
-
-
 def enter(
     port: int, tokens: Sequence[str], room_of: Callable[[int], str | None]
 ) -> list[socket.socket]:
@@ -115,27 +113,49 @@ def enter(
     Returns when the last one has its ack. The server always has work: the next batch is on its
     way while answers to the one before are read.
     """
+
+    def knock(index: int) -> socket.socket:
+        client = connect(port, index)
+        client.sendall(upgrade(tokens[index]))
+        return client
+
     opened: list[socket.socket] = []
     waiting: list[socket.socket] = []
     for start in range(0, len(tokens) + BATCH, BATCH):
-        batch = []
-        for index in range(start, min(start + BATCH, len(tokens))):
-            client = connect(port, index)
-            client.sendall(upgrade(tokens[index]))
-            batch.append(client)
-        _finish(waiting, len(opened), room_of)
-        opened += waiting
+        batch = [knock(index) for index in range(start, min(start + BATCH, len(tokens)))]
+        welcome = [
+            _welcomed(client, partial(knock, index))
+            for index, client in enumerate(waiting, len(opened))
+        ]
+        _join_all(welcome, len(opened), room_of)
+        opened += welcome
         waiting = batch
     return opened
 
 
-def _finish(clients: list[socket.socket], first: int, room_of: Callable[[int], str | None]) -> None:
+def _welcomed(client: socket.socket, again: Callable[[], socket.socket]) -> socket.socket:
+    """The socket that is let in: one that the server is too busy for knocks again."""
+    for _ in range(TRIES):
+        try:
+            await_frame(client, WELCOME, await_upgrade(client))
+        except Busy:
+            repeated.append(b"a handshake")
+            client.close()
+            time.sleep(BUSY_SECONDS)
+            client = again()
+        else:
+            return client
+    raise RuntimeError(f"a handshake was refused {TRIES} times")
+
+
+def _join_all(
+    clients: Sequence[socket.socket], first: int, room_of: Callable[[int], str | None]
+) -> None:
     joining = []
     for index, client in enumerate(clients, first):
-        await_frame(client, WELCOME, await_upgrade(client))
         room = room_of(index)
         if room is not None:
-            command = _join(room)
+            command = b'{"type":"join","id":1,"room":"%b"}' % room.encode()
             client.sendall(client_frame(command))
             joining.append((client, command))
     for client, command in joining:
@@ -162,7 +182,10 @@ def _await_ack(client: socket.socket, command: bytes) -> None:
 
 
 def await_upgrade(client: socket.socket) -> bytearray:
-    """Read the answer to a handshake; what follows it is returned."""
+    """Read the answer to a handshake; what follows it is returned.
+
+    Raises Busy for 503, RuntimeError for any other refusal.
+    """
     buffer = bytearray()
     while b"\r\n\r\n" not in buffer:
         data = client.recv(65536)
@@ -170,6 +193,8 @@ def await_upgrade(client: socket.socket) -> bytearray:
             break
         buffer += data
     head, _, rest = buffer.partition(b"\r\n\r\n")
+    if head.startswith(b"HTTP/1.1 503"):
+        raise Busy
     if not head.startswith(b"HTTP/1.1 101"):
         raise RuntimeError(f"a handshake was refused: {bytes(buffer)!r}")
     return rest
