@@ -14,7 +14,9 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +24,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import structlog
-from benchmark import crowd, fanout, memory, revoke, rooms, sessions, slow, storm, wire
+from benchmark import (
+    chart,
+    crowd,
+    fanout,
+    memory,
+    report,
+    revoke,
+    rooms,
+    sessions,
+    slow,
+    storm,
+    wire,
+)
 
 Result = dict[str, Any]
 SECONDS = 2.0
@@ -39,13 +53,16 @@ BENCHMARKS: dict[str, ModuleType] = {
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
+    if options.svg and "fanout" not in names:
+        parser.error("--svg is a picture of fanout, which is not measured now")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     # Servers are ended on the way out, and a SIGTERM must take that way, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
     results: Result = {"machine": _machine()}
-    print(_machine_line(results["machine"]))
+    print(_machine_line(results["machine"]), flush=True)
     for name in names:
         wire.repeated.clear()
         result = results[name] = BENCHMARKS[name].run(options.seconds, options.sockets)
@@ -53,12 +70,28 @@ def main() -> None:
             result["notes"].append(
                 f"{times} joins, sends or handshakes were answered unavailable, and repeated"
             )
-        print(f"\n{name}\n{BENCHMARKS[name].table(result).text()}")
-        for note in result["notes"]:
-            print(f"  note: {note}", flush=True)
+        print(f"\n{name}\n{BENCHMARKS[name].table(result).text(result['notes'])}", flush=True)
     results["machine"]["load_after"] = os.getloadavg()[0]
+    _write(options, results)
+
+
+def _write(options: argparse.Namespace, results: Result) -> None:
+    line = _machine_line(results["machine"])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.svg:
+        options.svg.write_text(chart.picture(results["fanout"], fanout.CHATSERVER, line))
+    if options.markdown:
+        blocks = {"machine": line} | {
+            name: BENCHMARKS[name].table(result).markdown(result["notes"])
+            for name, result in results.items()
+            if name in BENCHMARKS
+        }
+        if not options.markdown.exists():
+            places = (f"<!-- {name} -->\n<!-- /{name} -->\n" for name in blocks)
+            options.markdown.write_text("\n".join(places))
+        page = options.markdown.read_text()
+        options.markdown.write_text(report.fill(page, blocks))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         "--sockets", type=_positive(int), metavar="N", help="sockets of each benchmark"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw fanout's bars there")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="write the tables there; in a page that has their places, such as "
+        "docs/performance.md, replace them",
+    )
     return parser
 
 
@@ -112,13 +153,17 @@ def _machine() -> Result:
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "uvloop": version("uvloop"),
+        "websockets": version("websockets"),
+        "day": time.strftime("%Y-%m-%d"),
         "load_before": os.getloadavg()[0],
     }
 
 
 def _machine_line(machine: Result) -> str:
     line = (
-        "{cores} cores, {cpu}; Linux {kernel}; Python {python}; load average {load_before:.2f}"
+        "{cores} cores, {cpu}; Linux {kernel}; Python {python}, uvloop {uvloop}, "
+        "websockets {websockets}; {day}, load average {load_before:.2f}"
     ).format(**machine)
     if machine["cores"] < 2:
         line += "\nnote: there is one core: clients take their time from the server's."

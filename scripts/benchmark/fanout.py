@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import report, wire
-from .servers import Process, Rig, Unavailable, Usage
+from .servers import Process, Rig, Unavailable, Usage, bottleneck
 
-ABOUT = "deliveries/s in one room, beside C, websockets' broadcast(), Node ws, Socket.IO"
+ABOUT = "deliveries/s in one room, beside C, websockets' broadcast(), Node ws and Socket.IO"
 SOCKETS = 1000
 EVENT_BYTES = 200
 WINDOWS = (1, 64)
@@ -19,7 +19,7 @@ ROUNDS = 3
 CHATSERVER, EPOLL, BROADCAST, WS, SOCKETIO = (
     "chatserver",
     "C epoll",
-    "broadcast()",
+    "websockets",
     "Node ws",
     "Socket.IO",
 )
@@ -217,17 +217,21 @@ def run(seconds: float, sockets: int | None) -> dict[str, object]:
                 for subject in subjects:
                     subject.measure(window, seconds)
     rows = [_row(subject, window, subjects) for window in WINDOWS for subject in subjects]
-    notes += [note for row in rows if (note := _warning(row))]
+    notes += [note for row in rows if (note := bottleneck(_who(row), row["cpu"]))]
     return {"sockets": sockets, "rows": rows, "notes": list(dict.fromkeys(notes))}
 
 
-def _row(subject: Subject, window: int, subjects: list[Subject]) -> dict[str, object]:
+def _who(row: dict[str, Any]) -> str:
+    return f"{row['server']}, W={row['window']}"
+
+
+def _row(subject: Subject, window: int, subjects: list[Subject]) -> dict[str, Any]:
     rates = subject.rates[window]
     shares = {
         name: statistics.median(each[name] for each in subject.shares[window])
         for name in subject.shares[window][0]
     }
-    row: dict[str, object] = {
+    row: dict[str, Any] = {
         "server": subject.name,
         "window": window,
         "deliveries": statistics.median(rates),
@@ -242,22 +246,6 @@ def _row(subject: Subject, window: int, subjects: list[Subject]) -> dict[str, ob
     return row
 
 
-def _warning(row: dict[str, object]) -> str | None:
-    """Why the figure is not the server's own, if it is not."""
-    shares = row["cpu"]
-    assert isinstance(shares, dict)
-    who = f"{row['server']}, W={row['window']}"
-    other_core = shares["client"] + shares.get("store", 0.0)
-    if shares["server"] < 0.9 and other_core > 0.9:
-        return (
-            f"{who}: the client is the bottleneck (server {shares['server']:.0%} of its core, "
-            f"the other core {other_core:.0%})"
-        )
-    if shares["disturbed"] > 0.1:
-        return f"{who}: other processes had the server's core for {shares['disturbed']:.0%}"
-    return None
-
-
 def table(result: dict[str, Any]) -> report.Table:
     rows = []
     for row in result["rows"]:
@@ -266,7 +254,7 @@ def table(result: dict[str, Any]) -> report.Table:
         rows.append(
             [row["server"], str(row["window"]), f"{row['deliveries']:,.0f}", *ratios, *shares]
         )
-    yardsticks = [f"x {name}" for name in YARDSTICKS]
+    yardsticks = [f"× {name}" for name in YARDSTICKS]
     return report.Table(
         f"one room, {result['sockets']:,} receivers; W messages in flight; medians of rounds",
         ["server", "W", "deliveries/s", *yardsticks, "server CPU", "client", "store"],

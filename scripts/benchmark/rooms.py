@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from . import report, wire
-from .servers import Process, Rig, Usage
+from .servers import Process, Rig, Usage, bottleneck
 
 ABOUT = "many small rooms, sends/s and latency"
 ROOMS = 500
@@ -44,7 +44,7 @@ class ClosedLoop:
         self._in_flight = 0
         self.acks = 0
 
-    def run(self, seconds: float, usage: Usage) -> dict[str, object]:
+    def run(self, seconds: float, usage: Usage) -> dict[str, Any]:
         for room, client in enumerate(self._publishers):
             self._publish(client, room)
         self._go_on(WARM_SECONDS)
@@ -92,7 +92,7 @@ class OpenLoop:
             self._epoll.register(client, select.EPOLLIN)
         self._latencies: list[int] = []
 
-    def run(self, seconds: float, rate: float, usage: Usage) -> dict[str, object]:
+    def run(self, seconds: float, rate: float, usage: Usage) -> dict[str, Any]:
         usage.start()
         count, began = int(rate * seconds), time.perf_counter()
         latest = 0.0
@@ -152,7 +152,17 @@ def run(seconds: float, sockets: int | None) -> dict[str, object]:
         opened = OpenLoop(epoll, clients, rooms).run(
             seconds, OPEN_RATE, Usage(server=worker, store=store)
         )
-    return {"rooms": rooms, "members": MEMBERS, "closed": closed, "open": opened, "notes": []}
+    notes = [
+        bottleneck("closed loop", closed["cpu"]),
+        bottleneck("open loop", opened["cpu"]),
+    ]
+    return {
+        "rooms": rooms,
+        "members": MEMBERS,
+        "closed": closed,
+        "open": opened,
+        "notes": [note for note in notes if note],
+    }
 
 
 def table(result: dict[str, Any]) -> report.Table:

@@ -355,3 +355,16 @@ class Usage:
         return {
             name: round((now - self._began[name]) / elapsed, 3) for name, now in self._now().items()
         }
+
+
+def bottleneck(who: str, shares: dict[str, float]) -> str | None:
+    """Why a figure is not the server's own, if it is not."""
+    other_core = shares["client"] + shares.get("store", 0.0)
+    if shares["server"] < 0.9 and other_core > 0.9:
+        return (
+            f"{who}: the client is the bottleneck (server {shares['server']:.0%} of its core, "
+            f"the other core {other_core:.0%})"
+        )
+    if shares["disturbed"] > 0.1:
+        return f"{who}: other processes had the server's core for {shares['disturbed']:.0%}"
+    return None
