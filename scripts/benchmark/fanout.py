@@ -94,7 +94,7 @@ class Subject:
         publisher, sink = self.publisher, self.sink
         publisher.window = window
         publisher.fill()
-        self._go_on(WARM_SECONDS)
+        self._go_on(min(WARM_SECONDS, seconds))
         self.usage.start()
         bytes_before, began = sink.total(), time.perf_counter()
         self._go_on(seconds)

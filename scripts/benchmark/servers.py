@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 START_SECONDS = 15.0
 INSTALL_SECONDS = 60.0
+INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 TICKS = os.sysconf("SC_CLK_TCK")
 
 # Limits that a load generator on one address would run into; everything else is the default.
@@ -257,18 +258,28 @@ class Rig:
         cores = cores or self._server_cores
         passed = [fd for fd in (listener.fileno() if listener else -1, report[1]) if fd >= 0]
         log = self._directory / f"{name}.log"
-        with log.open("wb") as output:
-            popen = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=passed,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            )
-        self._exit.callback(_end, popen)
+
+        def settle() -> None:
+            os.sched_setaffinity(0, cores)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+
+        # An interrupt between the start and the callback would leave the process behind.
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        try:
+            with log.open("wb") as output:
+                popen = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=passed,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=settle,
+                )
+            self._exit.callback(_end, popen)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         port = listener.getsockname()[1] if listener else 0
         return Process(popen, report[0], port, log)
 
