@@ -63,9 +63,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results: Result = {"machine": _machine()}
     print(_machine_line(results["machine"]), flush=True)
+    failed = False
     for name in names:
         wire.repeated.clear()
-        result = results[name] = BENCHMARKS[name].run(options.seconds, options.sockets)
+        try:
+            result = results[name] = BENCHMARKS[name].run(options.seconds, options.sockets)
+        except RuntimeError as error:
+            # The others' figures are not lost for it.
+            print(f"\n{name}\n  failed: {error}", flush=True)
+            failed = True
+            continue
         if times := len(wire.repeated):
             result["notes"].append(
                 f"{times} joins, sends or handshakes were answered unavailable, and repeated"
@@ -73,13 +80,14 @@ def main() -> None:
         print(f"\n{name}\n{BENCHMARKS[name].table(result).text(result['notes'])}", flush=True)
     results["machine"]["load_after"] = os.getloadavg()[0]
     _write(options, results)
+    sys.exit(failed)
 
 
 def _write(options: argparse.Namespace, results: Result) -> None:
     line = _machine_line(results["machine"])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
-    if options.svg:
+    if options.svg and "fanout" in results:
         options.svg.write_text(chart.picture(results["fanout"], fanout.CHATSERVER, line))
     if options.markdown:
         blocks = {"machine": line} | {

@@ -48,13 +48,14 @@ class Publisher:
         self.window = 0
         self.sent = 0
         self.acks = 0
+        self.refused = 0
         self.events = 0
         self.event_bytes = 0
         """Size on the wire of all events so far: the same for every receiver."""
 
     def in_flight(self) -> int:
         done = min(self.events, self.acks) if self._acknowledged else self.events
-        return self.sent - done
+        return self.sent - self.refused - done
 
     def fill(self) -> None:
         missing = self.window - self.in_flight()
@@ -73,8 +74,10 @@ class Publisher:
                 self.event_bytes += size
             elif payload.startswith(wire.ACK):
                 self.acks += 1
-            elif payload.startswith(b'{"type":"error"'):
-                raise RuntimeError(f"a send was refused: {payload!r}")
+            elif payload.startswith(wire.ERROR):
+                # Another takes its place. Its event may come yet, but never its ack.
+                wire.note_refusal(payload)
+                self.refused += 1
         self.fill()
 
 

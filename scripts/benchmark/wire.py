@@ -24,6 +24,7 @@ SLICE = 50
 """Receivers read before publishers are looked after again: some 100 µs."""
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 ACK, MESSAGE, WELCOME = b'{"type":"ack"', b'{"type":"message"', b'{"type":"welcome"'
+ERROR = b'{"type":"error"'
 TRIES = 5
 BUSY_SECONDS = 1.0
 _LINGER_NOT = struct.pack("ii", 1, 0)
@@ -169,12 +170,18 @@ def acknowledged(client: socket.socket, command: bytes) -> None:
     _await_ack(client, command)
 
 
+def note_refusal(payload: bytes) -> None:
+    """Raises RuntimeError for an error that repeating cannot help."""
+    if b'"code":"unavailable"' not in payload:
+        raise RuntimeError(f"a command was refused: {payload!r}")
+    repeated.append(payload)
+
+
 def _await_ack(client: socket.socket, command: bytes) -> None:
     for _ in range(TRIES):
         try:
             await_frame(client, ACK, bytearray())
         except Busy:
-            repeated.append(command)
             client.sendall(client_frame(command))
         else:
             return
@@ -203,16 +210,15 @@ def await_upgrade(client: socket.socket) -> bytearray:
 def await_frame(client: socket.socket, start: bytes, buffer: bytearray) -> None:
     """Read frames up to one that begins so. Nothing may follow it yet.
 
-    Raises Busy for an error ``unavailable``, RuntimeError for any other.
+    Raises Busy for an error ``unavailable``, which is noted, RuntimeError for any other.
     """
     while True:
         for _, payload, _ in take_frames(buffer):
             if payload.startswith(start):
                 return
-            if b'"code":"unavailable"' in payload:
+            if payload.startswith(ERROR):
+                note_refusal(payload)
                 raise Busy
-            if payload.startswith(b'{"type":"error"'):
-                raise RuntimeError(f"a command was refused: {payload!r}")
         data = client.recv(65536)
         if not data:
             raise RuntimeError(f"closed while waiting for {start!r}")
