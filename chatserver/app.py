@@ -23,6 +23,7 @@ import uvloop
 from chatserver import telemetry
 from chatserver.core.flow import Limits
 from chatserver.core.handshake import Policy
+from chatserver.net.compression import SharedDeflate
 from chatserver.net.hub import Hub
 from chatserver.net.listener import Listener
 from chatserver.net.tokens import TokenCounter
@@ -97,6 +98,7 @@ class Worker:
             TokenCounter(sessions_lane.call, keyring, sessions, self._mirror),
             policy_of(settings),
             frame_bytes=settings.frame_bytes,
+            extensions=[SharedDeflate()] if settings.compression == "shared" else [],
             handshake_rate=settings.handshake_rate,
             handshake_seconds=settings.handshake_seconds,
             connections=settings.connections or clients,

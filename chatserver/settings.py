@@ -275,6 +275,11 @@ class Settings(BaseSettings):
     frame_bytes: int = Field(
         65536, ge=1024, le=900_000, description="largest frame a client may send, in bytes"
     )
+    compression: Annotated[Literal["off", "shared"], BeforeValidator(_lower)] = Field(
+        "off",
+        description="`off`, or `shared`: a room's events go compressed, once for all receivers, to "
+        "clients that offer `permessage-deflate` ([more](#compression))",
+    )
     rooms: int = Field(256, ge=1, le=10_000, description="rooms that one connection may join")
     send_rate: Rate = Field(10.0, description="messages per second and connection")
     send_burst: Count = Field(20, description="messages a connection may send at once")

@@ -18,6 +18,8 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, cast
 
 from websockets.exceptions import HeaderLineTooLong, RequestLineTooLong, TooManyHeaders
+from websockets.extensions import ServerExtensionFactory
+from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Close, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State as WebSocketState
@@ -105,7 +107,10 @@ _SILENT = _Silent()
 
 
 class Connection(asyncio.BufferedProtocol):
-    """``chat`` is set once the handshake has succeeded; ``since`` in milliseconds."""
+    """``chat`` is set once the handshake has succeeded; ``since`` in milliseconds.
+
+    ``window_bits`` is the window of what may be sent to it compressed; 0: nothing may.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -134,15 +139,22 @@ class Connection(asyncio.BufferedProtocol):
         "since",
         "tls",
         "transport",
+        "window_bits",
         "writing_paused",
     )
 
     transport: asyncio.Transport
     chat: ChatProtocol
 
-    def __init__(self, owner: Owner, frame_bytes: int) -> None:
+    def __init__(
+        self, owner: Owner, frame_bytes: int, extensions: Sequence[ServerExtensionFactory] = ()
+    ) -> None:
         self._owner = owner
-        self._websocket = ServerProtocol(max_size=frame_bytes, logger=_SILENT)  # type: ignore[arg-type]
+        self._websocket = ServerProtocol(
+            max_size=frame_bytes,
+            extensions=extensions,
+            logger=_SILENT,  # type: ignore[arg-type]
+        )
         self._early: Sequence[object] = ()
         self._fragments: list[bytes] | None = None
         self._held = b""
@@ -155,6 +167,7 @@ class Connection(asyncio.BufferedProtocol):
         self.address = ""
         self.since = 0
         self.tls = False
+        self.window_bits = 0
         self.memberships: dict[str, Member] = {}
         self.openings: set[str] | None = None
         self.expires_at = 0.0
@@ -267,7 +280,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def upgrade(self, request: Request) -> Response:
         """What websockets makes of the request: a 101 to be sent, or why not."""
-        return self._websocket.accept(request)
+        response = self._websocket.accept(request)
+        for extension in self._websocket.extensions:
+            assert isinstance(extension, PerMessageDeflate)
+            self.window_bits = extension.local_max_window_bits
+        return response
 
     def open(self, request: Request, response: Response) -> None:
         """Send the 101: from here on there are messages."""

@@ -27,6 +27,7 @@ from chatserver.core.errors import Disconnect, StoreUnavailable
 from chatserver.core.flow import Verdict, judge_reader
 from chatserver.core.frames import Since
 from chatserver.core.room import Event, Feed, Reading, Step
+from chatserver.net.compression import SharedFrames
 from chatserver.net.connection import Connection, Phase, text_frame
 from chatserver.store.link import Subscription
 from chatserver.store.log import RoomLog, channel, parse_live, room_of
@@ -134,7 +135,7 @@ class Room:
         self.recent_bytes = 0
         self.checked_at = now
         self.left_at = now
-        self.unison: list[Callable[[bytes], None]] | None = None
+        self.unison: Unison | None = None
         """Where all live members are written to, while they are all at one position: without a
         look at each, a delivery costs little more than the kernel's send."""
         self.unison_at = 0
@@ -157,10 +158,14 @@ class Room:
         return self.feed.offset
 
 
+Unison = dict[int, list[Callable[[bytes], None]]]
+"""Transports' ``write``, by the window of what they may be sent compressed."""
+
+
 class Batch:
     """A tick's frames on their way to the members that were live then."""
 
-    __slots__ = ("base", "data", "events", "members", "next", "origins", "top")
+    __slots__ = ("base", "events", "frames", "members", "next", "origins", "top")
 
     def __init__(self, events: list[Event]) -> None:
         self.events = events
@@ -168,7 +173,7 @@ class Batch:
         self.next = 0
         self.base = events[0].offset - 1
         self.top = events[-1].offset
-        self.data = b"".join([text_frame(event.payload) for event in events])
+        self.frames = SharedFrames([event.payload for event in events])
         self.origins = {event.origin for event in events if event.origin is not None}
 
 
@@ -577,7 +582,7 @@ class Fanout:
         batch.next += len(chunk)
         if batch.next >= len(batch.members):
             room.targets = None
-        base, top, data = batch.base, batch.top, batch.data
+        base, top, shared = batch.base, batch.top, batch.frames
         live = Standing.LIVE
         origins = batch.origins
         for member in chunk:
@@ -588,7 +593,7 @@ class Fanout:
                 self.hold_back(connection)
             elif member.position == base and not (origins and connection.id in origins):
                 member.position = top
-                connection.write_now(data)
+                connection.write_now(shared[connection.window_bits])
             elif member.position < top:
                 self._write_singly(member, batch)
         if room.targets is None:
@@ -668,13 +673,14 @@ class Fanout:
         self._subscription.unsubscribe(channel(room.name))
 
 
-def _write_in_unison(room: Room, batch: Batch, writes: list[Callable[[bytes], None]]) -> int:
+def _write_in_unison(room: Room, batch: Batch, unison: Unison) -> int:
     # Whoever stalls at its own write has it.
     room.unison_at = batch.top
-    data = batch.data
-    for write in writes:
-        write(data)
-    return len(writes)
+    for window_bits, writes in unison.items():
+        data = batch.frames[window_bits]
+        for write in writes:
+            write(data)
+    return sum(map(len, unison.values()))
 
 
 def _fall_in(room: Room, position: int) -> None:
@@ -689,9 +695,12 @@ def _fall_in(room: Room, position: int) -> None:
         return
     room.unison_at = position
     room.unison_until = min(member.connection.expires_at for member in members)
-    room.unison = [member.connection.transport.write for member in members]
+    unison: Unison = {}
     for member in members:
+        connection = member.connection
+        unison.setdefault(connection.window_bits, []).append(connection.transport.write)
         member.fall_in()
+    room.unison = unison
 
 
 def _receptive(connection: Connection) -> bool:

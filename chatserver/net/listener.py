@@ -13,9 +13,11 @@ import socket
 import ssl
 import time
 from collections import Counter
+from collections.abc import Sequence
 from enum import Enum, auto
 from functools import partial
 
+from websockets.extensions import ServerExtensionFactory
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
@@ -57,6 +59,7 @@ class Listener:
         policy: Policy,
         *,
         frame_bytes: int,
+        extensions: Sequence[ServerExtensionFactory],
         handshake_rate: float,
         handshake_seconds: float,
         connections: int,
@@ -66,6 +69,7 @@ class Listener:
         self._tokens = tokens
         self._policy = policy
         self._frame_bytes = frame_bytes
+        self._extensions = extensions
         self._budgets = Budgets(handshake_rate, max(1.0, handshake_rate * BURST_SECONDS))
         self._deadline = handshake_seconds
         self._most = connections
@@ -86,7 +90,7 @@ class Listener:
         loop = asyncio.get_running_loop()
         self._tls = tls is not None
         self._server = await loop.create_server(
-            lambda: Connection(self, self._frame_bytes),
+            lambda: Connection(self, self._frame_bytes, self._extensions),
             sock=sock,
             ssl=tls,
             backlog=4096,

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 from chatserver.core.errors import SLOW_CONSUMER, Disconnect, StoreUnavailable
 from chatserver.core.frames import Since
 from chatserver.core.room import Event, Reading
+from chatserver.net import compression
 from chatserver.net.connection import Connection, Phase
 from chatserver.net.fanout import UNISON_MEMBERS, WRITES_PER_ITERATION, Fanout
 from chatserver.store.log import channel
 
 ROOM = "general"
+USER = b"somebody" * 15
+"""So long that an event is worth compressing."""
 Answer = Callable[[Reading | StoreUnavailable], None]
 
 
@@ -57,7 +61,8 @@ class Log:
         self.top += 1
         self.serial += 1
         place = (self.top, self.serial)
-        payload = b'{"type":"message","room":"general","offset":%d,"body":%d}' % place
+        head = b'{"type":"message","room":"general","offset":%d,"body":%d,' % place
+        payload = head + b'"user":"%b"}' % USER
         event = Event(self.epoch, self.top, payload, origin)
         self.events.append(event)
         return event
@@ -131,11 +136,12 @@ class House:
         self.subscriptions = Subscriptions()
         self.fanout.attach(self.subscriptions)  # type: ignore[arg-type]
 
-    def connection(self, name: str = "c") -> Connection:
+    def connection(self, name: str = "c", window_bits: int = 0) -> Connection:
         connection = Connection(Owner(self.fanout), 65536)  # type: ignore[arg-type]
         connection.transport = Transport()
         connection.phase = Phase.OPEN
         connection.id = name
+        connection.window_bits = window_bits
         connection.expires_at = time.time() + 900
         return connection
 
@@ -152,8 +158,8 @@ class House:
     def confirm(self) -> None:
         self.fanout.confirm(channel(ROOM))
 
-    def joined(self, name: str = "c") -> Connection:
-        connection = self.connection(name)
+    def joined(self, name: str = "c", window_bits: int = 0) -> Connection:
+        connection = self.connection(name, window_bits)
         self.join(connection)
         self.confirm()
         self.log.answer_all()
@@ -174,13 +180,18 @@ def writes(connection: Connection) -> list[bytes]:
 
 
 def seen(connection: Connection) -> list[dict[str, Any]]:
-    """The frames written so far."""
+    """The frames written so far, and whether each came compressed."""
     data, frames = b"".join(writes(connection)), []
     while data:
         size, start = data[1], 2
         if size == 126:
             size, start = int.from_bytes(data[2:4], "big"), 4
-        frames.append(json.loads(data[start : start + size]))
+        payload = data[start : start + size]
+        compressed = data[0] == 0xC1
+        if compressed:
+            # By itself: nothing of what came before is needed.
+            payload = zlib.decompress(payload + b"\0\0\xff\xff\x03\0", -connection.window_bits)
+        frames.append(json.loads(payload) | {"compressed": compressed})
         data = data[start + size :]
     return frames
 
@@ -610,7 +621,7 @@ async def test_a_reader_ahead_of_its_worker_is_reset_where_the_worker_is_not() -
 async def test_recent_events_of_all_rooms_together_are_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("chatserver.net.fanout.RECENT_TOTAL", 300)
+    monkeypatch.setattr("chatserver.net.fanout.RECENT_TOTAL", 900)
     house = House()
     slow = house.joined("slow")
     house.fanout.hold_back(slow)
@@ -621,13 +632,73 @@ async def test_recent_events_of_all_rooms_together_are_bounded(
     house.publish()
     house.publish()
     house.publish()
-    assert room.recent_bytes <= 300
+    assert room.recent_bytes <= 900
 
     house.fanout.catch_up(slow)
     while house.log.asked:
         house.log.answer_all()
     await settle()
     assert offsets(slow) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_an_event_is_compressed_once_for_all_who_agreed_on_the_same_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compressed: list[int] = []
+    monkeypatch.setattr(compression, "deflate", deflate_counted(compressed))
+    house = House()
+    windows = [0, 12, 12, 9, 12, 0, 9]
+    members = [house.joined(f"m{i}", bits) for i, bits in enumerate(windows)]
+    house.publish()
+    house.publish()
+    await settle()
+
+    assert sorted(compressed) == [9, 9, 12, 12]
+    for member, bits in zip(members, windows, strict=True):
+        assert len(writes(member)) == 1
+        assert offsets(member) == [1, 2]
+        assert {frame["compressed"] for frame in seen(member)} == {bits > 0}
+
+
+async def test_nothing_is_compressed_where_nobody_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compressed: list[int] = []
+    monkeypatch.setattr(compression, "deflate", deflate_counted(compressed))
+    house = House()
+    house.joined()
+    house.publish()
+    await settle()
+
+    assert compressed == []
+
+
+async def test_what_is_for_one_connection_alone_is_not_compressed() -> None:
+    house = House()
+    for _ in range(3):
+        house.log.append()
+    newcomer, sender = house.connection("new", 12), house.joined("sender", 12)
+    house.join(newcomer, last=3)
+    house.log.answer_all()
+    house.publish()
+    house.publish(origin="sender")
+    await settle()
+
+    assert offsets(newcomer) == [1, 2, 3, 4, 5]
+    assert [frame["compressed"] for frame in seen(newcomer)] == [False] * 3 + [True] * 2
+    assert [frame["type"] for frame in seen(sender)] == ["message", "skip"]
+    assert [frame["compressed"] for frame in seen(sender)] == [False, False]
+
+
+def deflate_counted(windows: list[int]) -> Callable[[bytes, int], bytes]:
+    """The real thing, which notes what it is called for."""
+    real = compression.deflate
+
+    def deflate(payload: bytes, window_bits: int) -> bytes:
+        windows.append(window_bits)
+        return real(payload, window_bits)
+
+    return deflate
 
 
 async def test_garbage_on_the_channel_is_ignored_and_counted() -> None:
@@ -664,7 +735,7 @@ async def test_every_member_sees_each_event_once_and_in_order(
     monkeypatch.setattr("chatserver.net.fanout.UNISON_MEMBERS", 1 if in_unison else 1000)
     chance = random.Random(seed)
     house = House()
-    connections = [house.connection(f"c{i}") for i in range(4)]
+    connections = [house.connection(f"c{i}", (0, 12, 0, 9)[i]) for i in range(4)]
     in_flight: list[Event] = []
     started: set[str] = set()
 

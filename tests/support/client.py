@@ -225,10 +225,13 @@ class Raw:
         return cls(*await asyncio.open_connection(sock=sock, limit=2**16))
 
     @classmethod
-    async def upgraded(cls, url: str, token: str, **options: Any) -> Self:
+    async def upgraded(
+        cls, url: str, token: str, *, headers: dict[str, str] | None = None, **options: Any
+    ) -> Self:
         """Past the handshake and the welcome."""
         raw = await cls.connect(url, **options)
-        raw.write(request(url, headers=upgrade_headers() | {"Authorization": f"Bearer {token}"}))
+        headers = upgrade_headers() | {"Authorization": f"Bearer {token}"} | (headers or {})
+        raw.write(request(url, headers=headers))
         answer = await raw.head()
         assert answer.status == 101, answer
         assert (await raw.frame())[0] == Opcode.TEXT

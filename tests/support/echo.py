@@ -18,14 +18,30 @@ from websockets.http11 import Request
 from chatserver.core import errors
 from chatserver.core.errors import Disconnect
 from chatserver.net import connection as product
-from chatserver.net.connection import Connection, text_frame
+from chatserver.net.compression import SharedDeflate, compressed_frame, deflate
+from chatserver.net.connection import Connection, Phase, text_frame
 
 MESSAGE_BYTES = 2**24
 
 
 class EchoConnection(Connection):
+    """Compresses all that it echoes, where that was negotiated."""
+
     __slots__ = ()
     _owner: Echo
+
+    def send(self, payload: bytes) -> None:
+        if self.phase is Phase.OPEN:
+            self.write(self._frame(payload))
+
+    def send_binary(self, payload: bytes) -> None:
+        frame = self._frame(payload)
+        self.write(bytes([frame[0] ^ Opcode.TEXT ^ Opcode.BINARY]) + frame[1:])
+
+    def _frame(self, payload: bytes) -> bytes:
+        if self.window_bits == 0:
+            return text_frame(payload)
+        return compressed_frame(deflate(payload, self.window_bits))
 
     def _deliver(self, text: bool, message: bytes) -> None:
         if text:
@@ -51,8 +67,8 @@ class Echo:
         else:
             connection.send(message)
 
-    def received_binary(self, connection: Connection, message: bytes) -> None:
-        connection.write(b"\x82" + text_frame(message)[1:])
+    def received_binary(self, connection: EchoConnection, message: bytes) -> None:
+        connection.send_binary(message)
 
     def violated(self, connection: Connection, why: Disconnect) -> None:
         connection.close(why, None)
@@ -79,7 +95,8 @@ async def _serve(door: socket.socket) -> None:
     product.farewell = _close_frame
     product.WRITE_ABORT = 4 * MESSAGE_BYTES
     echo = Echo()
-    await loop.create_server(lambda: EchoConnection(echo, MESSAGE_BYTES), sock=door)
+    extensions = [SharedDeflate()]
+    await loop.create_server(lambda: EchoConnection(echo, MESSAGE_BYTES, extensions), sock=door)
     await stopping.wait()
 
 
