@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import structlog
 from benchmark import (
     chart,
+    compression,
     crowd,
     fanout,
     memory,
@@ -42,6 +43,7 @@ Result = dict[str, Any]
 SECONDS = 2.0
 BENCHMARKS: dict[str, ModuleType] = {
     "fanout": fanout,
+    "compression": compression,
     "crowd": crowd,
     "memory": memory,
     "revoke": revoke,

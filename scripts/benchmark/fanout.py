@@ -96,6 +96,7 @@ class Subject:
     def measure(self, window: int, seconds: float) -> None:
         """Deliveries per second with so many messages in flight."""
         publisher, sink = self.publisher, self.sink
+        events_before, event_bytes_before = publisher.events, publisher.event_bytes
         publisher.window = window
         publisher.fill()
         self._go_on(min(WARM_SECONDS, seconds))
@@ -107,7 +108,8 @@ class Subject:
         received, elapsed = sink.total() - bytes_before, time.perf_counter() - began
         shares = self.usage.shares()
         self._drain()
-        event_size = publisher.event_bytes / publisher.events
+        event_bytes = publisher.event_bytes - event_bytes_before
+        event_size = event_bytes / (publisher.events - events_before)
         self.rates.setdefault(window, []).append(received / event_size / elapsed)
         self.shares.setdefault(window, []).append(shares)
 

@@ -17,21 +17,24 @@ when modules were compiled), which would flatter whoever fills it: 0.8 KB for ea
 SETTLE_SECONDS = 1.0
 
 
-def run(seconds: float, sockets: int | None) -> dict[str, object]:
+def run(seconds: float, sockets: int | None, *, compressed: bool = False) -> dict[str, object]:
     """Each socket with its own user and session, ten to a room."""
     asked = sockets or SOCKETS
     sockets = min(asked, wire.descriptors_left() - WARM_SOCKETS)
     with Rig() as rig:
         store = rig.store()
-        worker = rig.worker()
+        worker = rig.worker(CHATSERVER_COMPRESSION="shared" if compressed else "off")
         mint = wire.Mint(rig.secret)
         tokens = [mint.token(f"user-{index:05}") for index in range(sockets + WARM_SOCKETS)]
-        warm = wire.enter(worker.port, tokens[:WARM_SOCKETS], _room)
+        warm = wire.enter(worker.port, tokens[:WARM_SOCKETS], _room, compressed=compressed)
         before = worker.memory()
         usage = Usage(server=worker, store=store)
         began = time.perf_counter()
         clients = wire.enter(
-            worker.port, tokens[WARM_SOCKETS:], lambda index: _room(index + WARM_SOCKETS)
+            worker.port,
+            tokens[WARM_SOCKETS:],
+            lambda index: _room(index + WARM_SOCKETS),
+            compressed=compressed,
         )
         elapsed = time.perf_counter() - began
         shares = usage.shares()

@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -38,13 +39,14 @@ class Busy(Exception):
     """The server could not do it just now; it may be repeated."""
 
 
-def upgrade(token: str | None, path: str = "/v1/ws") -> bytes:
-    """The request of a handshake, with a token or without."""
+def upgrade(token: str | None, path: str = "/v1/ws", *, compressed: bool = False) -> bytes:
+    """The request of a handshake, with a token or without; ``compressed`` offers compression."""
     credentials = "" if token is None else f"Authorization: Bearer {token}\r\n"
+    offer = "Sec-WebSocket-Extensions: permessage-deflate\r\n" if compressed else ""
     return (
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         f"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n"
-        f"{credentials}\r\n"
+        f"{credentials}{offer}\r\n"
     ).encode()
 
 
@@ -62,7 +64,7 @@ def server_frame(payload: bytes) -> bytes:
 
 
 def take_frames(buffer: bytearray) -> Iterator[tuple[int, bytes, int]]:
-    """Cut whole frames off the buffer: opcode, payload, size on the wire."""
+    """Cut whole frames off the buffer: opcode, payload (inflated), size on the wire."""
     at = 0
     while len(buffer) - at >= 2:
         size, start = buffer[at + 1], at + 2
@@ -72,7 +74,10 @@ def take_frames(buffer: bytearray) -> Iterator[tuple[int, bytes, int]]:
             size, start = int.from_bytes(buffer[at + 2 : at + 10], "big"), at + 10
         if len(buffer) < start + size:
             break
-        yield buffer[at] & 15, bytes(buffer[start : start + size]), start + size - at
+        payload = bytes(buffer[start : start + size])
+        if buffer[at] & 0x40:
+            payload = zlib.decompressobj(-15).decompress(payload + b"\0\0\xff\xff")
+        yield buffer[at] & 15, payload, start + size - at
         at = start + size
     del buffer[:at]
 
@@ -107,7 +112,11 @@ class Mint:
 
 
 def enter(
-    port: int, tokens: Sequence[str], room_of: Callable[[int], str | None]
+    port: int,
+    tokens: Sequence[str],
+    room_of: Callable[[int], str | None],
+    *,
+    compressed: bool = False,
 ) -> list[socket.socket]:
     """Open a socket for each token and join it to its room, some at a time.
 
@@ -117,7 +126,7 @@ def enter(
 
     def knock(index: int) -> socket.socket:
         client = connect(port, index)
-        client.sendall(upgrade(tokens[index]))
+        client.sendall(upgrade(tokens[index], compressed=compressed))
         return client
 
     opened: list[socket.socket] = []
