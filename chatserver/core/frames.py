@@ -347,6 +347,18 @@ def expiring(expires_at: int, *, now: bool = False) -> bytes:
     return dumps(frame)
 
 
+_TAKEN_AT = re.compile(rb'"offset":[0-9]+,"ts":([0-9]{1,16}),')
+
+
+def taken_at(event: bytes) -> float | None:
+    """When the store took this ``message``, in seconds by its clock: the event's ``ts``.
+
+    None if it has none; what comes from a user stands behind it.
+    """
+    found = _TAKEN_AT.search(event)
+    return None if found is None else int(found[1]) / 1000
+
+
 def message_parts(room: str, user: str, body: Raw, key: str | None) -> tuple[bytes, bytes]:
     """A ``message`` event without its place: the store puts offset and ts in between.
 

@@ -128,6 +128,14 @@ class Resume(NamedTuple):
     """Deliver again, from the positions reached."""
 
 
+class Refused(NamedTuple):
+    """A command, or one room of a send, was refused, and the client is told. To be counted."""
+
+    command: Command | None
+    """None: it was no command at all."""
+    code: ReplyCode
+
+
 class Close(NamedTuple):
     """Say bye and close; nothing more comes in or goes out."""
 
@@ -147,6 +155,7 @@ Effect = (
     | Identify
     | Withhold
     | Resume
+    | Refused
     | Close
 )
 
@@ -286,6 +295,7 @@ class ChatProtocol:
         try:
             exchange = Exchange(frames.parse_command(data))
         except frames.InvalidCommand as invalid:
+            self._effects.append(Refused(None, invalid.code))
             exchange = Exchange(None, frames.error(invalid.code, id=invalid.id, path=invalid.path))
         except frames.NotText:
             self.disconnect(errors.NOT_TEXT)
@@ -386,10 +396,11 @@ class ChatProtocol:
             # The rooms are paid for one by one, so the last is refused if any is.
             refused = exchange.destinations[-1].refused
             if refused and command.rooms is UNSET:
+                self._effects.append(Refused(command, ReplyCode.RATE_LIMITED))
                 exchange.reply = _error_frame(refused, command.reply_to)
-        elif refused := _spend(self._commands, now):
-            reply_to = None if command is None else command.reply_to
-            exchange.reply = exchange.reply or _error_frame(refused, reply_to)
+        elif (refused := _spend(self._commands, now)) and command is not None:
+            self._effects.append(Refused(command, ReplyCode.RATE_LIMITED))
+            exchange.reply = _error_frame(refused, command.reply_to)
         if refused:
             # Once for the command, however many rooms: a thousand of any kind are borne.
             self._patience = self._patience or Patience()
@@ -487,9 +498,9 @@ class ChatProtocol:
             case frames.History():
                 self._finish_history(exchange.outcomes[0], command)
             case frames.Refresh():
-                self._finish_refresh(exchange.outcomes[0], command.reply_to, now)
+                self._finish_refresh(exchange.outcomes[0], command, now)
             case frames.Logout():
-                self._finish_logout(exchange.outcomes[0], command.reply_to)
+                self._finish_logout(exchange.outcomes[0], command)
             case frames.Leave():
                 self._ack(command.reply_to, room=command.room)
             case frames.Ping():
@@ -503,9 +514,15 @@ class ChatProtocol:
             for destination, outcome in zip(exchange.destinations, exchange.outcomes, strict=True)
         ]
         if command.rooms is not UNSET:
+            self._effects += [
+                Refused(command, result["error"]["code"])  # type: ignore[index]
+                for result in results
+                if "error" in result
+            ]
             self._ack(command.reply_to, results=results)
         elif refused := results[0].get("error"):
             assert isinstance(refused, dict)
+            self._effects.append(Refused(command, refused["code"]))
             self._send(_error_frame(refused, command.reply_to))
         else:
             self._ack(command.reply_to, **results[0])
@@ -514,11 +531,11 @@ class ChatProtocol:
         room = command.room
         granted = rights(self.identity, room)
         if isinstance(outcome, Failed):
-            self._abandon(room, command.reply_to, outcome.code)
+            self._abandon(command, outcome.code)
         elif self._state is State.EXPIRED:
-            self._abandon(room, command.reply_to, ReplyCode.TOKEN_EXPIRED)
+            self._abandon(command, ReplyCode.TOKEN_EXPIRED)
         elif "r" not in granted:
-            self._abandon(room, command.reply_to, ReplyCode.FORBIDDEN)
+            self._abandon(command, ReplyCode.FORBIDDEN)
         else:
             assert isinstance(outcome, Reading)
             recovery = recover(
@@ -543,19 +560,20 @@ class ChatProtocol:
             self._rooms[room] = True
             self._effects.append(Admit(room, recovery.start, outcome))
 
-    def _abandon(self, room: str, reply_to: CommandId | None, code: ReplyCode) -> None:
+    def _abandon(self, command: frames.Join, code: ReplyCode) -> None:
+        room = command.room
         self._effects.append(Abandon(room))
         # A room that was joined before stays joined where it was.
         if code is ReplyCode.FORBIDDEN or not self._rooms.get(room):
             self._leave(room)
-        self._send(frames.error(code, id=reply_to))
+        self._fail(command, code)
 
     def _finish_history(self, outcome: Outcome | None, command: frames.History) -> None:
         if isinstance(outcome, Failed):
-            self._send(frames.error(outcome.code, id=command.reply_to))
+            self._fail(command, outcome.code)
             return
         if self._state is State.EXPIRED:
-            self._send(frames.error(ReplyCode.TOKEN_EXPIRED, id=command.reply_to))
+            self._fail(command, ReplyCode.TOKEN_EXPIRED)
             return
         assert isinstance(outcome, Page)
         reading = outcome.reading
@@ -568,32 +586,30 @@ class ChatProtocol:
             more=outcome.more,
         )
 
-    def _finish_refresh(
-        self, outcome: Outcome | None, reply_to: CommandId | None, now: float
-    ) -> None:
+    def _finish_refresh(self, outcome: Outcome | None, command: frames.Refresh, now: float) -> None:
         if isinstance(outcome, Failed):
-            self._send(frames.error(outcome.code, id=reply_to))
+            self._fail(command, outcome.code)
             return
         assert isinstance(outcome, Verified)
         old, new = self.identity, outcome.identity
         if (new.user, new.session) != (old.user, old.session) or new.issued_at < old.issued_at:
-            self._send(frames.error(ReplyCode.IDENTITY_MISMATCH, id=reply_to))
+            self._fail(command, ReplyCode.IDENTITY_MISMATCH)
             return
         if outcome.revoked:
-            self._send(frames.error(ReplyCode.TOKEN_REVOKED, id=reply_to))
+            self._fail(command, ReplyCode.TOKEN_REVOKED)
             self.disconnect(errors.SESSION_REVOKED)
             return
         if now >= new.expires_at:
-            self._send(frames.error(ReplyCode.TOKEN_EXPIRED, id=reply_to))
+            self._fail(command, ReplyCode.TOKEN_EXPIRED)
             return
-        self._adopt(new, reply_to)
+        self._adopt(new, command.reply_to)
 
-    def _finish_logout(self, outcome: Outcome | None, reply_to: CommandId | None) -> None:
+    def _finish_logout(self, outcome: Outcome | None, command: frames.Logout) -> None:
         if isinstance(outcome, Failed):
-            self._send(frames.error(outcome.code, id=reply_to))
+            self._fail(command, outcome.code)
             return
         # Its sockets on other workers hear of it as of any revocation; this one need not wait.
-        self._ack(reply_to)
+        self._ack(command.reply_to)
         self.disconnect(errors.SESSION_REVOKED)
 
     def _adopt(self, identity: Identity, reply_to: CommandId | None) -> None:
@@ -622,7 +638,12 @@ class ChatProtocol:
 
     def _refuse(self, exchange: Exchange, code: ReplyCode) -> None:
         assert exchange.command is not None
+        self._effects.append(Refused(exchange.command, code))
         exchange.reply = frames.error(code, id=exchange.command.reply_to)
+
+    def _fail(self, command: Command, code: ReplyCode) -> None:
+        self._effects.append(Refused(command, code))
+        self._send(frames.error(code, id=command.reply_to))
 
     def _ack(self, reply_to: CommandId | None, **told: object) -> None:
         if reply_to is not None:

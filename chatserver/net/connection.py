@@ -27,6 +27,7 @@ from websockets.server import ServerProtocol
 
 from chatserver.core import errors, frames
 from chatserver.core.errors import Disconnect
+from chatserver.metrics import ABNORMAL, GOODBYES, OTHER, measured
 from chatserver.net.http import refuse
 
 if TYPE_CHECKING:
@@ -179,6 +180,17 @@ class Connection(asyncio.BufferedProtocol):
         self.congested = False
         self.lagging_since: float | None = None
 
+    @property
+    def ending(self) -> str:
+        """The close code to count it under, when websockets has ended it.
+
+        Codes that mean something here are the server's: from a peer they say nothing.
+        """
+        received, sent = self._websocket.close_rcvd, self._websocket.close_sent
+        if received is not None:
+            return str(received.code) if received.code in GOODBYES else OTHER
+        return ABNORMAL if sent is None else str(sent.code)
+
     def __repr__(self) -> str:
         return f"<Connection {self.id or 'new'} {self.phase.name}>"
 
@@ -201,6 +213,7 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         # The loop's own clock stands still within a millisecond; who was silent longest is finer.
         self.received_at = time.monotonic()
+        measured.received_bytes += nbytes
         self._receive_data(_READ_BUFFER[:nbytes])
         if nbytes == READ_BYTES and self._readable():
             self.transport.pause_reading()
@@ -335,7 +348,8 @@ class Connection(asyncio.BufferedProtocol):
                 refusal = errors.HEADERS_TOO_LARGE
             case _:
                 refusal = errors.BAD_REQUEST
-        self.transport.write(refuse(refusal).serialize())
+        measured.handshakes.count(refusal.code)
+        self._write(refuse(refusal).serialize())
         self._half_close()
         self._end()
 
@@ -390,17 +404,17 @@ class Connection(asyncio.BufferedProtocol):
             self.flush()
 
     def write_now(self, data: bytes) -> None:
-        """As ``write``, at the end of a turn."""
+        """As ``write``, at the end of a turn; the caller counts these bytes."""
         if self._held:
-            self._held += data
-            self.flush()
-        else:
-            self.transport.write(data)
+            measured.sent_bytes += len(self._held)
+            data, self._held = self._held + data, b""
+        self.transport.write(data)
 
     def flush(self) -> None:
         """Write what is held."""
         held, self._held = self._held, b""
         if held:
+            measured.sent_bytes += len(held)
             self.transport.write(held)
             if self.writing_paused and self.transport.get_write_buffer_size() > WRITE_ABORT:
                 self.abort()
@@ -459,12 +473,17 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._severed = True
         self._held = b""
-        self.transport.write(farewell)
+        self._write(farewell)
         if self.transport.can_write_eof():
             self._write_eof()
 
     def abort(self) -> None:
         self.transport.abort()
+
+    def _write(self, data: bytes) -> None:
+        """The last that it gets."""
+        measured.sent_bytes += len(data)
+        self.transport.write(data)
 
     def _relay(self) -> None:
         """Send what websockets has to say by itself: the 101, pongs, a close frame."""

@@ -27,6 +27,7 @@ from chatserver.core.errors import Disconnect, StoreUnavailable
 from chatserver.core.flow import Verdict, judge_reader
 from chatserver.core.frames import Since
 from chatserver.core.room import Event, Feed, Reading, Step
+from chatserver.metrics import measured
 from chatserver.net.compression import SharedFrames
 from chatserver.net.connection import Connection, Phase, text_frame
 from chatserver.store.link import Subscription
@@ -165,7 +166,7 @@ Unison = dict[int, list[Callable[[bytes], None]]]
 class Batch:
     """A tick's frames on their way to the members that were live then."""
 
-    __slots__ = ("base", "events", "frames", "members", "next", "origins", "top")
+    __slots__ = ("base", "events", "frames", "members", "next", "origins", "taken_at", "top")
 
     def __init__(self, events: list[Event]) -> None:
         self.events = events
@@ -175,6 +176,16 @@ class Batch:
         self.top = events[-1].offset
         self.frames = SharedFrames([event.payload for event in events])
         self.origins = {event.origin for event in events if event.origin is not None}
+        self.taken_at = frames.taken_at(events[0].payload)
+        """When the store took the first of them."""
+
+    def count(self, deliveries: int, size: int) -> None:
+        """So many, of so many bytes in all, were just written."""
+        measured.deliveries += deliveries
+        measured.sent_bytes += size
+        if self.taken_at is not None:
+            waited = time.time() - measured.clock_offset_seconds - self.taken_at
+            measured.delivery_latency_seconds.observe(waited, deliveries)
 
 
 class Fanout:
@@ -208,8 +219,8 @@ class Fanout:
         self._round: list[Room] = []
         """Rooms to be looked at before the next round begins."""
         self._share = 1
-        self.garbage = 0
-        """Messages on the rooms' channels that were no events."""
+        self.occupied = 0
+        """Rooms with members, or with joins under way."""
 
     def attach(self, subscription: Subscription) -> None:
         """Where to hear of events; made with ``receive_live`` and ``confirm`` of this."""
@@ -232,6 +243,8 @@ class Fanout:
         The room is kept until ``admit`` or ``abandon`` follows, once for each ``join``.
         """
         room = self._enter(name)
+        if room.interest == 0:
+            self.occupied += 1
         room.interest += 1
         room.behind += 1
 
@@ -301,6 +314,7 @@ class Fanout:
     def _forgo(self, room: Room) -> None:
         room.interest -= 1
         if room.interest == 0:
+            self.occupied -= 1
             room.left_at = time.monotonic()
 
     # Holding back and catching up.
@@ -380,7 +394,10 @@ class Fanout:
                 self._retry.add(member)
                 return
             member.position = events[-1].offset
-            connection.write(b"".join([text_frame(event.payload) for event in events]))
+            data = b"".join([text_frame(event.payload) for event in events])
+            measured.deliveries += len(events)
+            measured.replayed_events += len(events)
+            connection.write(data)
         if member.standing is Standing.BEHIND:
             self._advance(member)
 
@@ -405,6 +422,7 @@ class Fanout:
         connection, name = member.connection, member.room.name
         if not reading.continues(member.position):
             member.position = reading.nearest(member.position)
+            measured.resets += 1
             connection.send(frames.reset(name, reading.epoch, member.position))
         elif reading.epoch != member.epoch:
             connection.send(frames.epoch(name, reading.epoch))
@@ -440,7 +458,7 @@ class Fanout:
         try:
             event = parse_live(payload)
         except ValueError:
-            self.garbage += 1
+            measured.garbage_messages += 1
             return
         if not self._fresh():
             # Nothing may be delivered before revocations are current: read it later.
@@ -491,6 +509,7 @@ class Fanout:
         feed = room.feed
         if room.reading or feed.offset is None or not self._fresh():
             return
+        measured.repairs += 1
         room.reading = True
         room.checked_at = time.monotonic()
         feed.behind = True
@@ -585,6 +604,7 @@ class Fanout:
         base, top, shared = batch.base, batch.top, batch.frames
         live = Standing.LIVE
         origins = batch.origins
+        served = size = 0
         for member in chunk:
             if member.standing is not live:
                 continue
@@ -593,9 +613,14 @@ class Fanout:
                 self.hold_back(connection)
             elif member.position == base and not (origins and connection.id in origins):
                 member.position = top
-                connection.write_now(shared[connection.window_bits])
+                data = shared[connection.window_bits]
+                connection.write_now(data)
+                served += 1
+                size += len(data)
             elif member.position < top:
                 self._write_singly(member, batch)
+        if served:
+            batch.count(served * len(batch.events), size)
         if room.targets is None:
             _fall_in(room, top)
         return len(chunk)
@@ -603,17 +628,19 @@ class Fanout:
     def _write_singly(self, member: Member, batch: Batch) -> None:
         """For a member that is ahead of the batch's beginning, or sees a skip in it."""
         connection, room = member.connection, member.room
+        events = [event for event in batch.events if event.offset > member.position]
+        skipped = [event for event in events if event.origin == connection.id]
         data = b"".join(
             text_frame(
                 frames.skip(room.name, event.offset)
                 if event.origin == connection.id
                 else event.payload
             )
-            for event in batch.events
-            if event.offset > member.position
+            for event in events
         )
         member.position = batch.top
         connection.write_now(data)
+        batch.count(len(events) - len(skipped), len(data))
 
     # Time.
 
@@ -676,11 +703,15 @@ class Fanout:
 def _write_in_unison(room: Room, batch: Batch, unison: Unison) -> int:
     # Whoever stalls at its own write has it.
     room.unison_at = batch.top
+    served = size = 0
     for window_bits, writes in unison.items():
         data = batch.frames[window_bits]
         for write in writes:
             write(data)
-    return sum(map(len, unison.values()))
+        served += len(writes)
+        size += len(writes) * len(data)
+    batch.count(served * len(batch.events), size)
+    return served
 
 
 def _fall_in(room: Room, position: int) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import assert_never
 
 from chatserver import telemetry
-from chatserver.core import errors
+from chatserver.core import errors, frames
 from chatserver.core.claims import Identity
 from chatserver.core.errors import Disconnect, ReplyCode, StoreUnavailable, TokenRefused
 from chatserver.core.flow import Limits, Verdict, judge_reader
@@ -39,6 +39,7 @@ from chatserver.core.protocol import (
     Publish,
     Published,
     Read,
+    Refused,
     Resume,
     Transmit,
     Verified,
@@ -47,6 +48,7 @@ from chatserver.core.protocol import (
 )
 from chatserver.core.room import Reading, has_more
 from chatserver.core.session import Kind, Revocation
+from chatserver.metrics import ACCEPTED, DUPLICATE, STORED, measured
 from chatserver.net.connection import PING, Connection, Phase, farewell
 from chatserver.net.fanout import Fanout
 from chatserver.net.superseding import Superseding
@@ -70,6 +72,7 @@ SEVER_SECONDS = 0.25
 """How long a revoked peer may keep its end of the connection; it is not listened to any more."""
 
 _REVOKED = farewell(errors.SESSION_REVOKED)
+_REVOKED_CODE = str(errors.SESSION_REVOKED.code)
 _UNAVAILABLE = Failed(ReplyCode.UNAVAILABLE)
 
 
@@ -238,10 +241,11 @@ class Hub:
         first_ping = loop_now + self._limits.ping_interval * random.random()
         self._schedule(connection, min(first_ping, self._wake_at(connection, loop_now)))
 
-    def remove(self, connection: Connection) -> None:
-        """The connection is lost, or will be."""
+    def remove(self, connection: Connection, ending: str) -> None:
+        """The connection is lost, or will be. ``ending`` is the close code to count it under."""
         if self._connections.pop(connection.id, None) is None:
             return
+        measured.closes.count(_REVOKED_CODE if connection.revoked else ending)
         identity = connection.chat.identity
         self._by_session.remove(identity.session, connection)
         self._by_user.remove(identity.user, connection)
@@ -255,6 +259,7 @@ class Hub:
 
     def receive(self, connection: Connection, message: bytes) -> None:
         """One text message."""
+        measured.received_frames += 1
         try:
             connection.chat.receive_frame(message, time.time())
             self._run(connection)
@@ -314,6 +319,14 @@ class Hub:
         if rest:
             asyncio.get_running_loop().call_later(RENEW_SECONDS, self._renew, rest)
 
+    def lagging(self) -> int:
+        """Connections whose reader is behind; of an expired one it is not the reader's fault."""
+        now = time.time()
+        return sum(
+            connection.lagging_since is not None and connection.expires_at > now
+            for connection in self._connections.values()
+        )
+
     def about(self) -> dict[str, object]:
         return {
             "host": socket.gethostname(),
@@ -335,7 +348,7 @@ class Hub:
 
     def _forget(self, severed: list[Connection]) -> None:
         for connection in severed:
-            self.remove(connection)
+            self.remove(connection, _REVOKED_CODE)
         asyncio.get_running_loop().call_later(SEVER_SECONDS, _abort, severed)
 
     async def drain(self, seconds: float) -> None:
@@ -388,6 +401,7 @@ class Hub:
             case EndSession(ref, session):
                 self._end_session(connection, ref, session)
             case Identify(identity):
+                measured.refreshes.count(ACCEPTED)
                 connection.serve_until(identity.expires_at)
                 self._registry.renew(self._entry(connection, identity))
                 self._reschedule(connection)
@@ -395,6 +409,8 @@ class Hub:
                 self.fanout.hold_back(connection)
             case Resume():
                 self.fanout.catch_up(connection)
+            case Refused(command, code):
+                _count_refusal(command, code)
             case Close(why):
                 self._close(connection, why)
             case _:
@@ -415,7 +431,7 @@ class Hub:
         """A bug of ours, met by one connection: it must not end all the others with it."""
         log.exception("connection failed", connection=connection.id)
         connection.close(errors.SERVER_ERROR, None)
-        self.remove(connection)
+        self.remove(connection, str(errors.SERVER_ERROR.code))
 
     def _publish(self, connection: Connection, effect: Publish) -> None:
         if not self.fresh():
@@ -424,17 +440,21 @@ class Hub:
         self._log.publish(
             effect,
             connection.id,
-            partial(self._published, connection, effect.ref),
+            partial(self._published, connection, effect.ref, time.monotonic()),
             # What a revoked connection had queued is dropped before it goes out; what somebody
             # sent before saying goodbye is stored, though nobody is left to be told.
             wanted=lambda: not connection.revoked,
         )
 
     def _published(
-        self, connection: Connection, ref: int, reply: Published | StoreUnavailable
+        self, connection: Connection, ref: int, began: float, reply: Published | StoreUnavailable
     ) -> None:
-        failed = isinstance(reply, StoreUnavailable)
-        self._answer_later(connection, ref, _UNAVAILABLE if failed else reply)  # type: ignore[arg-type]
+        measured.publish_latency_seconds.observe(time.monotonic() - began)
+        if isinstance(reply, StoreUnavailable):
+            self._answer_later(connection, ref, _UNAVAILABLE)
+            return
+        measured.sends[DUPLICATE if reply.duplicate else STORED] += 1
+        self._answer_later(connection, ref, reply)
 
     def _join(self, connection: Connection, effect: Join) -> None:
         if not self.fresh():
@@ -497,6 +517,8 @@ class Hub:
 
     def _end_session(self, connection: Connection, ref: int, session: str) -> None:
         def done(failure: StoreUnavailable | None) -> None:
+            if failure is None:
+                measured.logouts.count(ACCEPTED)
             self._answer_later(connection, ref, Ended() if failure is None else _UNAVAILABLE)
 
         assert self._mirror is not None
@@ -510,7 +532,7 @@ class Hub:
             self._sever([connection])
         else:
             connection.close(why, _after(why))
-            self.remove(connection)
+            self.remove(connection, str(why.code))
 
     # Time.
 
@@ -567,6 +589,17 @@ class Hub:
         """Something may be due earlier than was known: a new token's expiry, a slow reader."""
         now = asyncio.get_running_loop().time()
         self._schedule(connection, min(connection.due_at, self._wake_at(connection, now)))
+
+
+def _count_refusal(command: frames.Command | None, code: ReplyCode) -> None:
+    measured.refusals.count(code)
+    match command:
+        case frames.Send():
+            measured.sends.count(code)
+        case frames.Refresh():
+            measured.refreshes.count(code)
+        case frames.Logout():
+            measured.logouts.count(code)
 
 
 def _abort(connections: list[Connection]) -> None:

@@ -26,7 +26,16 @@ from chatserver.core import errors, handshake
 from chatserver.core.claims import Identity
 from chatserver.core.errors import Disconnect, Refusal, StoreUnavailable, TokenRefused
 from chatserver.core.flow import Budgets
-from chatserver.core.handshake import Attempt, Deposit, Health, Policy, Preflight, Refused
+from chatserver.core.handshake import (
+    Attempt,
+    Deposit,
+    Health,
+    Policy,
+    Preflight,
+    Refused,
+    TokenRoute,
+)
+from chatserver.metrics import ABNORMAL, ACCEPTED, measured
 from chatserver.net import http
 from chatserver.net.connection import Connection, Phase
 from chatserver.net.hub import Hub
@@ -37,6 +46,12 @@ PENDING_HANDSHAKES = 2000
 """Accepted sockets that have not asked for anything yet."""
 BURST_SECONDS = 5.0
 """An address may use so many seconds of its rate at once: an office behind one address."""
+
+_OUTCOMES = {
+    str(TokenRoute.REFRESH): measured.rotations,
+    str(TokenRoute.REVOKE): measured.logouts,
+}
+"""Where the answers of a path are counted, if not among the handshakes."""
 
 log = telemetry.logger(__name__)
 
@@ -85,6 +100,15 @@ class Listener:
         self._last_handshake_ends = 0.0
         self.refused: Counter[str] = Counter()
         """Handshakes by the code they were refused with, since the last report."""
+
+    @property
+    def accepting(self) -> bool:
+        return self._door is Door.OPEN
+
+    @property
+    def pending(self) -> int:
+        """Sockets that are no connections: not yet, or refused and not yet closed."""
+        return len(self._pending)
 
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         loop = asyncio.get_running_loop()
@@ -164,7 +188,8 @@ class Listener:
             case Preflight(origin, allowed):
                 connection.respond(http.preflight(origin, allowed))
             case Refused(refusal, origin, allowed):
-                self._refuse(connection, refusal, origin, allowed=allowed)
+                path = request.path.partition("?")[0]
+                self._refuse(connection, refusal, origin, allowed=allowed, path=path)
             case Deposit() as deposit:
                 self._deposit(connection, deposit)
             case Attempt() as attempt:
@@ -186,13 +211,13 @@ class Listener:
         self._hub.fanout.flush_later(connection)
 
     def ended(self, connection: Connection) -> None:
-        self._hub.remove(connection)
+        self._hub.remove(connection, connection.ending)
 
     def lost(self, connection: Connection) -> None:
         self._open -= 1
         self._emptied.set()
         self._pending.discard(connection)
-        self._hub.remove(connection)
+        self._hub.remove(connection, ABNORMAL)
 
     # Answers.
 
@@ -282,6 +307,7 @@ class Listener:
             self._refuse(connection, refusal, origin, token=refusal.status == 401)
             return
         self._pending.discard(connection)
+        measured.handshakes.count(ACCEPTED)
         connection.open(request, response)
         self._hub.add(connection, identity)
         connection.begin()
@@ -299,7 +325,8 @@ class Listener:
 
     def _deposit(self, connection: Connection, deposit: Deposit) -> None:
         if wait := self._budgets.spend(deposit.address, time.monotonic()):
-            self._refuse(connection, errors.TOO_MANY_HANDSHAKES, deposit.origin, wait=wait)
+            refusal = errors.TOO_MANY_HANDSHAKES
+            self._refuse(connection, refusal, deposit.origin, wait=wait, path=deposit.route)
             return
         connection.hold()
         task = asyncio.create_task(self._take(connection, deposit))
@@ -317,8 +344,9 @@ class Listener:
             return
         if isinstance(answer, Refusal):
             token = answer.status == 401
-            self._refuse(connection, answer, deposit.origin, token=token)
+            self._refuse(connection, answer, deposit.origin, token=token, path=deposit.route)
         else:
+            _OUTCOMES[deposit.route].count(ACCEPTED)
             connection.respond(http.answer(200, answer, http.cors(deposit.origin)))
 
     def _refuse(
@@ -330,8 +358,10 @@ class Listener:
         wait: float = 1.0,
         token: bool = False,
         allowed: str = "GET",
+        path: str = "",
     ) -> None:
         self.refused[refusal.code] += 1
+        _OUTCOMES.get(path, measured.handshakes).count(refusal.code)
         retry_after = None
         if refusal.status in (429, 503):
             # Spread, so that those who were refused together do not come back together.

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from chatserver.core.errors import StoreRefused, StoreUnavailable
+from chatserver.metrics import OTHER
 from chatserver.settings import StorePlace, store_place
 from chatserver.store import keys
 from chatserver.store.link import (
@@ -125,9 +126,11 @@ class _Slot:
 class ClusterLane(Lane):
     """To its callers a lane like any other; see the module's text."""
 
-    def __init__(self, cluster: Cluster, *, batch: int, replicas: int = 0) -> None:
+    def __init__(
+        self, cluster: Cluster, *, batch: int, replicas: int = 0, name: str = OTHER
+    ) -> None:
         self._cluster = cluster
-        self._options = {"batch": batch, "replicas": replicas}
+        self._new_lane = partial(Lane, batch=batch, replicas=replicas, name=name)
         self._lanes: dict[Address, Lane] = {}
         self._used_at: dict[Address, float] = {}
         self._slots: dict[int, _Slot] = {}
@@ -180,7 +183,7 @@ class ClusterLane(Lane):
         """The lane to a node, for what is asked of that one."""
         lane = self._lanes.get(address)
         if lane is None:
-            lane = self._lanes[address] = Lane(self._cluster.place(address), **self._options)
+            lane = self._lanes[address] = self._new_lane(self._cluster.place(address))
             self._start(address, lane)
         return lane
 
@@ -481,8 +484,8 @@ class ClusterStore(Store):
     def __init__(self, place: StorePlace) -> None:
         self._cluster = Cluster(place)
 
-    def lane(self, batch: int = 256, replicas: int = 0) -> ClusterLane:
-        return ClusterLane(self._cluster, batch=batch, replicas=replicas)
+    def lane(self, batch: int = 256, replicas: int = 0, name: str = OTHER) -> ClusterLane:
+        return ClusterLane(self._cluster, batch=batch, replicas=replicas, name=name)
 
     def subscription(
         self,

@@ -22,6 +22,7 @@ import asyncio
 import hashlib
 import math
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import resources
@@ -32,6 +33,7 @@ from redis.exceptions import AskError, MovedError, NoScriptError, RedisError, Re
 
 from chatserver import telemetry
 from chatserver.core.errors import StoreRefused, StoreUnavailable
+from chatserver.metrics import OTHER, SUBSCRIPTION, measured
 from chatserver.settings import store_place
 from chatserver.store.topology import (
     CONNECT_SECONDS,
@@ -157,10 +159,12 @@ class Lane:
     """One connection for commands. ``run`` must be a task while it is used.
 
     A pipeline holds commands up to ``batch`` in weight. With ``replicas``, a reply counts only
-    when so many replicas have what was written, else it is StoreUnavailable.
+    when so many replicas have what was written, else it is StoreUnavailable. It is counted under
+    its ``name``, one of metrics.LANES.
     """
 
-    def __init__(self, place: Place, *, batch: int, replicas: int = 0) -> None:
+    def __init__(self, place: Place, *, batch: int, replicas: int = 0, name: str = OTHER) -> None:
+        self._name = name
         self._place = place
         self._connection = place.connection()
         self._batch = batch
@@ -240,6 +244,7 @@ class Lane:
 
     async def _commit(self, batch: list[_Request]) -> None:
         """One pipeline: write all, read all."""
+        began = time.monotonic()
         answered = 0
         try:
             async with asyncio.timeout(ROUND_TRIP_SECONDS):
@@ -260,6 +265,8 @@ class Lane:
                         reply = await self._read_reply()
                         answered += 1
                         request.done(reply)
+            measured.store_round_trip_seconds[self._name].observe(time.monotonic() - began)
+            measured.store_commands[self._name] += len(batch)
             if self._demoted:
                 raise ConnectionError("it is no primary any more")
         except (RedisError, OSError, TimeoutError) as error:
@@ -283,6 +290,7 @@ class Lane:
             return _refusal(error)
 
     async def _lose(self, unanswered: list[_Request], error: Exception) -> None:
+        measured.store_failures[self._name] += 1
         reason = str(error) or type(error).__name__
         await self._connection.disconnect(nowait=True)
         self._demoted = False
@@ -301,6 +309,7 @@ class Lane:
                 async with asyncio.timeout(ROUND_TRIP_SECONDS):
                     await _connect(self._place, self._connection)
             except (RedisError, OSError, TimeoutError) as error:
+                measured.store_failures[self._name] += 1
                 if not self._down:
                     log.warning("store is away", reason=reason)
                 self._down = True
@@ -407,6 +416,7 @@ class Subscription:
                 try:
                     await self._listen()
                 except* (RedisError, OSError, TimeoutError, StoreRefused):
+                    measured.store_failures[SUBSCRIPTION] += 1
                     connected = self._heard_at > 0
                     wait = shortest if connected else min(longest, wait * 2)
                 self._place.lost()
@@ -511,8 +521,8 @@ class Store:
         assert not isinstance(place, Cluster), "store_at makes those"
         self._place: Single | Sentinel = place
 
-    def lane(self, batch: int = 256, replicas: int = 0) -> Lane:
-        return Lane(self._place, batch=batch, replicas=replicas)
+    def lane(self, batch: int = 256, replicas: int = 0, name: str = OTHER) -> Lane:
+        return Lane(self._place, batch=batch, replicas=replicas, name=name)
 
     def subscription(
         self,

@@ -86,8 +86,8 @@ class RoomLog:
     def of(cls, settings: Settings, store: Store) -> RoomLog:
         """As it is configured, on lanes of its own."""
         return cls(
-            store.lane(replicas=1 if settings.durability == "replica" else 0),
-            store.lane(batch=64),
+            store.lane(replicas=1 if settings.durability == "replica" else 0, name="publish"),
+            store.lane(batch=64, name="read"),
             history=settings.history,
             history_seconds=settings.history_seconds,
             key_window=settings.key_window,

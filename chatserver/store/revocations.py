@@ -35,6 +35,7 @@ from chatserver.core.session import (
     Revocation,
     RevocationList,
 )
+from chatserver.metrics import measured
 from chatserver.store import keys
 from chatserver.store.link import ANNOUNCE, POLL, REVOKE, Argument, Call, Lane, Reply
 
@@ -278,6 +279,7 @@ class Mirror:
             self._list.forget(store_time)
             self._judge_clock(store_time, asked_wall)
             self._confirmed_at = asked_at
+            measured.mirror_confirmed_timestamp_seconds = asked_wall
             self._told_stale = False
         return bool(entries)  # what was applied is told at once: somebody may wait for it
 
@@ -326,18 +328,29 @@ class Mirror:
                 Kind(fields["kind"]), fields["value"], int(fields["until"]), int(fields["cutoff"])
             )
         except (AttributeError, KeyError, TypeError, ValueError):
+            measured.garbage_messages += 1
             log.warning("ignored an entry that is no revocation")
             return
-        if self._list.add(revocation) and (closed := self._follower.revoke(revocation)):
+        if not self._list.add(revocation):
+            return
+        if closed := self._follower.revoke(revocation):
             self._counts[self._last] = closed
+        measured.revocations.count(revocation.kind)
+        if self.loaded:  # At the start it is not late: nobody is here yet.
+            entered_at = _place(self._last)[0] / 1000
+            lag = time.time() - measured.clock_offset_seconds - entered_at
+            measured.revocation_lag_seconds.observe(lag)
 
     def _judge_clock(self, store_time: float, asked_wall: float) -> None:
         # The store's time lies between question and answer.
         now = time.time()
-        ahead = max(asked_wall - store_time, store_time - now, 0.0)
-        skewed = ahead > CLOCK_TOLERANCE
+        ahead = max(asked_wall - store_time, 0.0) or min(now - store_time, 0.0)
+        measured.clock_offset_seconds = ahead
+        skewed = abs(ahead) > CLOCK_TOLERANCE
         if skewed and not self.skewed:
-            log.error("clock differs from the store's; refusing tokens", seconds=round(ahead, 1))
+            log.error(
+                "clock differs from the store's; refusing tokens", seconds=round(abs(ahead), 1)
+            )
         self.skewed = skewed
 
     def _tell_stale(self, error: StoreUnavailable) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatserver.core import errors
+from chatserver.core import errors, frames
 from chatserver.core.claims import Identity
 from chatserver.core.errors import MESSAGES, ReplyCode
 from chatserver.core.flow import Limits
@@ -33,6 +33,7 @@ from chatserver.core.protocol import (
     Publish,
     Published,
     Read,
+    Refused,
     Resume,
     Transmit,
     Verified,
@@ -62,10 +63,14 @@ class Peer:
 
     def __init__(self, identity: Identity = ALICE, limits: Limits = GENEROUS) -> None:
         self.chat = ChatProtocol("c1", identity, limits, NOW)
+        self.refused: list[Refused] = []
         self.welcome = self.effects()
 
     def effects(self) -> list[Effect]:
-        return self.chat.effects()
+        """What is to be done; what is only to be counted goes to ``refused``."""
+        effects = self.chat.effects()
+        self.refused += [effect for effect in effects if isinstance(effect, Refused)]
+        return [effect for effect in effects if not isinstance(effect, Refused)]
 
     def command(self, type: str, now: float = NOW, **fields: object) -> list[Effect]:
         """Send a command; returns what it led to at once."""
@@ -1285,6 +1290,9 @@ class Shell:
         self.chat = ChatProtocol("c1", claims(RIGHTS), limits, NOW)
         self.pending: list[Effect] = []
         self.replied: list[object] = []
+        self.told: list[str] = []
+        self.refusals: list[str] = []
+        """What is told as an error, and what is to be counted as one: the same in the end."""
         self.withheld = False
         self.closed = False
         self.members: set[str] = set()
@@ -1299,6 +1307,11 @@ class Shell:
                     assert frame["type"] in ("ack", "error", "expiring")
                     if frame["type"] != "expiring":
                         self.replied.append(frame["id"])
+                    if frame["type"] == "error":
+                        self.told.append(frame["code"])
+                    for result in frame.get("results", ()):
+                        if "error" in result:
+                            self.told.append(result["error"]["code"])
                 case Publish() | Join() | Read():
                     assert not self.withheld
                     self.pending.append(effect)
@@ -1320,6 +1333,8 @@ class Shell:
                     self.closed = True
                 case Identify(identity):
                     assert identity.user == "alice"
+                case Refused(_, code):
+                    self.refusals.append(code)
 
 
 @settings(deadline=None, max_examples=300)
@@ -1354,6 +1369,7 @@ def test_every_command_gets_exactly_one_reply_in_the_order_sent(
         assert shell.replied == asked[: len(shell.replied)]
     else:
         assert shell.replied == asked
+        assert sorted(shell.refusals) == sorted(shell.told)
 
 
 # --- logout, and rights that change --------------------------------------------------------
@@ -1420,3 +1436,60 @@ def test_a_closed_connection_is_told_nothing_of_its_rights() -> None:
     peer.chat.tell_rights_changed()
 
     assert peer.effects() == []
+
+
+# --- what is refused is said to the shell, too, which counts it -----------------------------
+
+
+@pytest.mark.parametrize(
+    ("type", "fields", "code"),
+    [
+        ("nonsense", {}, ReplyCode.UNKNOWN_TYPE),
+        ("send", {"room": "!"}, ReplyCode.INVALID),
+        ("send", {"room": "forbidden", "body": 1}, ReplyCode.FORBIDDEN),
+        ("join", {"room": "forbidden"}, ReplyCode.FORBIDDEN),
+        ("history", {"room": "forbidden"}, ReplyCode.FORBIDDEN),
+    ],
+)
+def test_a_refused_command_is_told_to_be_counted(
+    type: str, fields: dict[str, Any], code: ReplyCode
+) -> None:
+    peer = Peer(replace(ALICE, rooms={"a": "rw"}))
+    asked = peer.command(type, id=1, **fields)
+
+    assert sent(asked)[0]["code"] == code
+    assert [refused.code for refused in peer.refused] == [code]
+
+
+def test_each_room_of_a_cross_post_is_counted_that_refuses() -> None:
+    peer = Peer(replace(ALICE, rooms={"a": "rw", "b": "rw"}))
+    asked = peer.command("send", id=1, rooms=["a", "x", "b", "y"], body=1)
+    first, second = refs(asked)
+    peer.chat.receive_outcome(first, published(), NOW)
+    peer.chat.receive_outcome(second, Failed(ReplyCode.UNAVAILABLE), NOW)
+    peer.effects()
+
+    codes = [refused.code for refused in peer.refused]
+    assert codes == [ReplyCode.FORBIDDEN, ReplyCode.UNAVAILABLE, ReplyCode.FORBIDDEN]
+    assert {type(refused.command) for refused in peer.refused} == {frames.Send}
+
+
+def test_a_flood_is_counted_command_by_command() -> None:
+    peer = Peer(limits=replace(GENEROUS, send_burst=2, send_rate=1.0))
+    for n in range(5):
+        peer.command("send", id=n + 1, room="a", body=1)
+
+    assert [refused.code for refused in peer.refused] == [ReplyCode.RATE_LIMITED] * 3
+
+
+def test_what_a_refresh_is_refused_for_is_counted() -> None:
+    peer = Peer()
+    peer.refresh(Failed(ReplyCode.TOKEN_INVALID))
+    peer.refresh(Verified(replace(LATER, user="bob"), revoked=False))
+    peer.refresh(Verified(LATER, revoked=True))
+
+    assert [(type(each.command), each.code) for each in peer.refused] == [
+        (frames.Refresh, ReplyCode.TOKEN_INVALID),
+        (frames.Refresh, ReplyCode.IDENTITY_MISMATCH),
+        (frames.Refresh, ReplyCode.TOKEN_REVOKED),
+    ]
