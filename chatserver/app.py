@@ -17,16 +17,19 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import uvloop
 
 from chatserver import telemetry
 from chatserver.core.flow import Limits
 from chatserver.core.handshake import Policy
+from chatserver.metrics import measured
 from chatserver.net.compression import SharedDeflate
 from chatserver.net.hub import Hub
 from chatserver.net.listener import Listener
 from chatserver.net.tokens import TokenCounter
+from chatserver.reports import Report
 from chatserver.settings import Settings
 from chatserver.store.cluster import store_at
 from chatserver.store.keyring import Keyring
@@ -48,29 +51,37 @@ UNLIMITED_CONNECTIONS = 100_000
 """Where there is no descriptor limit at all; some 600 MB of them."""
 FREEZE_CONNECTIONS = 500
 TICK_SECONDS = 0.25
-REPORT_SECONDS = 10.0
+REPORT_SECONDS = 1.0
+SUMMARY_SECONDS = 10.0
+"""Between two lines of the log about refused handshakes."""
 
 log = telemetry.logger(__name__)
 
 
-def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
+def run(
+    settings: Settings,
+    sock: socket.socket,
+    ready: Callable[[], None],
+    report: Path | None = None,
+) -> int:
     """Serve on a bound socket until SIGTERM, or until SIGHUP hands it over. Returns the exit code.
 
-    ``ready`` is called once, when clients are accepted.
+    ``ready`` is called once, when clients are accepted. ``report`` is a file for what is counted.
     """
-    return uvloop.run(Worker(settings).serve(sock, ready))
+    return uvloop.run(Worker(settings, report).serve(sock, ready))
 
 
 class Worker:
     """Everything one process holds."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, report: Path | None) -> None:
         self._settings = settings
+        self._report = None if report is None else Report(report)
         assert settings.redis_url is not None
         keyring = Keyring.of(settings)
         store = store_at(settings.redis_url.get_secret_value())
         # Of its own, so that no storm of handshakes delays a revocation.
-        polls, sessions_lane = store.lane(), store.lane()
+        polls, sessions_lane = store.lane(name="poll"), store.lane(name="sessions")
         worker = "w-" + secrets.token_hex(6)
         registry = Registry(sessions_lane, worker, settings.user_connections)
         room_log = RoomLog.of(settings, store)
@@ -139,6 +150,7 @@ class Worker:
             return EXIT_STORE
         self._spare_collections()
         await self._listener.start(sock, tls_of(self._settings))
+        self._write_report()
         ready()
         await self._stopping.wait()
         log.info("draining", connections=len(self._hub))
@@ -150,6 +162,7 @@ class Worker:
         await self._listener.wait_emptied(GOODBYE_SECONDS)
         self._listener.close()
         await self._mirror.resign()
+        self._write_report()
         log.info("stopped")
         return EXIT_OK
 
@@ -188,14 +201,33 @@ class Worker:
         self._frozen = connections
 
     async def _tick(self) -> None:
-        reported_at = time.monotonic()
+        reported_at = summed_up_at = time.monotonic()
         while True:
+            began = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
+            now = time.monotonic()
+            measured.event_loop_lag_seconds.observe(now - began - TICK_SECONDS)
             self._hub.fanout.tick()
             self._spare_collections()
-            if time.monotonic() - reported_at > REPORT_SECONDS:
-                reported_at = time.monotonic()
+            if now - reported_at > REPORT_SECONDS - TICK_SECONDS / 2:
+                reported_at = now
+                self._write_report()
+            if now - summed_up_at > SUMMARY_SECONDS:
+                summed_up_at = now
                 self._listener.report()
+
+    def _write_report(self) -> None:
+        if self._report is None:
+            return
+        accepting = self._listener.accepting and self._hub.fresh()
+        measured.connections = len(self._hub)
+        measured.rooms = self._hub.fanout.occupied
+        measured.lagging_connections = self._hub.lagging()
+        measured.pending_handshakes = self._listener.pending
+        measured.ready = float(accepting)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        measured.process_cpu_seconds = used.ru_utime + used.ru_stime
+        self._report.write(measured)
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -19,6 +19,7 @@ from base64 import urlsafe_b64decode
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
@@ -223,8 +224,9 @@ def control_url_of(settings: Settings) -> str:
 @main.command(hidden=True)
 @click.option("--fd", type=int, required=True, help="The listening socket.")
 @click.option("--ready-fd", type=int, required=True, help="Where to beat when serving.")
+@click.option("--report", type=click.Path(path_type=Path), help="Where to tell what is counted.")
 @click.pass_context
-def worker(context: click.Context, fd: int, ready_fd: int) -> None:
+def worker(context: click.Context, fd: int, ready_fd: int, report: Path | None) -> None:
     """Serve on a socket that the supervisor has bound. Only the supervisor calls this."""
     settings = load(env_file=None)  # The supervisor has read it, and passes on what it found.
     telemetry.configure(settings.log_level)
@@ -232,21 +234,22 @@ def worker(context: click.Context, fd: int, ready_fd: int) -> None:
 
     listener = socket.socket(fileno=fd)
     listener.setblocking(False)
-    context.exit(app.run(settings, listener, supervisor.heartbeat(ready_fd)))
+    context.exit(app.run(settings, listener, supervisor.heartbeat(ready_fd), report))
 
 
 @main.command(hidden=True)
 @click.option("--fd", type=int, required=True, help="The listening socket.")
 @click.option("--ready-fd", type=int, required=True, help="Where to beat when serving.")
+@click.option("--reports", type=click.Path(path_type=Path), help="Where the workers tell theirs.")
 @click.pass_context
-def control(context: click.Context, fd: int, ready_fd: int) -> None:
+def control(context: click.Context, fd: int, ready_fd: int, reports: Path | None) -> None:
     """Serve the control API on a socket that the supervisor has bound, which alone calls this."""
     settings = load(env_file=None)
     telemetry.configure(settings.log_level)
     from chatserver import control as api
 
     heartbeat = supervisor.heartbeat(ready_fd)
-    context.exit(api.run(settings, socket.socket(fileno=fd), heartbeat))
+    context.exit(api.run(settings, socket.socket(fileno=fd), heartbeat, reports))
 
 
 # -- tokens -----------------------------------------------------------------------------------

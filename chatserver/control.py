@@ -1,7 +1,8 @@
 """The control API: what operators and other services of the same system may ask and do.
 
 HTTP on a port of its own, in a process of its own, for whoever holds the key. Everything that it
-tells comes from the store, and everything it does goes there, so it needs nothing from a worker.
+tells comes from the store, and everything it does goes there, so it needs nothing from a worker;
+but for the metrics, which the workers of its host leave in files.
 protocol.md, section 6, and the OpenAPI page at ``/docs``.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import pathlib
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -36,6 +38,7 @@ from chatserver.core.errors import StoreUnavailable
 from chatserver.core.protocol import PAGE_BYTES, Publish, Published
 from chatserver.core.room import Reading, has_more
 from chatserver.core.session import Kind
+from chatserver.exposition import OPENMETRICS, exposition
 from chatserver.settings import Settings
 from chatserver.store import log as rooms_log
 from chatserver.store import registry
@@ -53,20 +56,31 @@ HEAR_SECONDS = 0.25
 log = telemetry.logger(__name__)
 
 
-def run(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
+def run(
+    settings: Settings,
+    sock: socket.socket,
+    ready: Callable[[], None],
+    reports: pathlib.Path | None = None,
+) -> int:
     """Serve on a bound socket until SIGTERM or SIGHUP. Returns the exit code.
 
-    ``ready`` is called once, when requests are answered.
+    ``ready`` is called once, when requests are answered. ``reports`` is the directory in which the
+    workers tell what they count.
     """
-    return uvloop.run(_serve(settings, sock, ready))
+    return uvloop.run(_serve(settings, sock, ready, reports))
 
 
-async def _serve(settings: Settings, sock: socket.socket, ready: Callable[[], None]) -> int:
+async def _serve(
+    settings: Settings,
+    sock: socket.socket,
+    ready: Callable[[], None],
+    reports: pathlib.Path | None,
+) -> int:
     assert settings.redis_url is not None
     store = store_at(settings.redis_url.get_secret_value())
     commands, room_log = store.lane(), RoomLog.of(settings, store)
     sessions = Sessions.of(settings, commands.call)
-    app = build(settings, Control(commands.call, sessions, room_log))
+    app = build(settings, Control(commands.call, sessions, room_log), reports)
     # A lane that fails ends the process, which is started anew: its callers would wait for ever.
     async with asyncio.TaskGroup() as tasks:
         parts = store, commands, *room_log.lanes
@@ -366,6 +380,7 @@ def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _WITH_BODY = ("POST", "PATCH")
+_GUARDED = ("/v1", "/metrics")
 
 
 class _Door:
@@ -409,7 +424,7 @@ class _Door:
         await self._app({**scope, "headers": headers}, again, unkept)
 
     async def _admit(self, scope: Scope, receive: Receive) -> tuple[Response | None, bytes]:
-        if scope["path"].startswith("/v1") and not self._knows_key(scope):
+        if scope["path"].startswith(_GUARDED) and not self._knows_key(scope):
             return _fault(401, WWW_Authenticate="Bearer"), b""
         body = bytearray()
         while True:
@@ -439,7 +454,7 @@ class _Door:
 # --- the routes ----------------------------------------------------------------------------
 
 
-def build(settings: Settings, control: Control) -> ASGIApp:
+def build(settings: Settings, control: Control, reports: pathlib.Path | None) -> ASGIApp:
     """The application, behind its door."""
     assert settings.control_key is not None
     api = FastAPI(
@@ -453,6 +468,7 @@ def build(settings: Settings, control: Control) -> ASGIApp:
     )
     _add_sessions(api, control)
     _add_rooms(api, control, settings.frame_bytes)
+    _add_metrics(api, reports, settings.workers)
     _add_health(api, control)
     _add_faults(api)
     _document(api)
@@ -607,6 +623,19 @@ def _add_rooms(api: FastAPI, control: Control, frame_bytes: int) -> None:
             return _fault(400, "This is not the next of any page.", "$.after")
         found, following = await rooms_log.rooms(control.call, int(after), limit)
         return _answer(200, {"rooms": [room._asdict() for room in found], "next": following})
+
+
+def _add_metrics(api: FastAPI, reports: pathlib.Path | None, workers: int) -> None:
+    @api.get(
+        "/metrics",
+        response_class=Response,
+        responses=_faults(401, 413) | {200: {"content": {"text/plain": {}, OPENMETRICS: {}}}},
+    )
+    def metrics(request: Request) -> Response:
+        """What the workers of this host have counted, for Prometheus: docs/metrics.md."""
+        # No coroutine: it reads files, in a thread of its own.
+        content, kind = exposition(reports, workers, request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": kind})
 
 
 def _add_health(api: FastAPI, control: Control) -> None:

@@ -24,11 +24,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from pydantic import SecretStr
 
-from chatserver import telemetry
+from chatserver import reports, telemetry
+from chatserver.reports import Reports
 from chatserver.settings import (
     ConfigurationError,
     Settings,
@@ -78,6 +80,8 @@ class Slot(NamedTuple):
     vital: bool = True
     """Without it there is no server: the others end when it keeps dying. What is not vital is
     tried again for as long as they run."""
+    reports: Reports | None = None
+    """Where its processes tell what they count, if somebody may ask."""
 
 
 OnReady = Callable[[Address], None]
@@ -95,15 +99,18 @@ def run(
     """
     if reasons := refusals(settings):
         raise ConfigurationError(reasons)
-    with ExitStack() as sockets:
+    with ExitStack() as kept:
         listeners = bind(settings.host, settings.port, settings.workers)
         for listener in listeners:
-            sockets.enter_context(listener)
+            kept.enter_context(listener)
         address = Address(*listeners[0].getsockname()[:2])
         slots = [Slot("worker", listener, command) for listener in listeners]
         if settings.control_key is not None:
-            control = sockets.enter_context(bind_control(settings))
-            slots.append(Slot("control", control, CONTROL, vital=False))
+            control = kept.enter_context(bind_control(settings))
+            told = kept.enter_context(reports.kept())
+            slots = [slot._replace(reports=told) for slot in slots]
+            where = ["--reports", str(told.directory)] if told else []
+            slots.append(Slot("control", control, [*CONTROL, *where], vital=False))
             settings = settings.model_copy(update={"control_port": control.getsockname()[1]})
             log.info("control_bound", host=settings.control_host, port=settings.control_port)
         store = None if settings.redis_url else EmbeddedStore(settings.data_dir)
@@ -297,11 +304,14 @@ class Child:
         self._exit = asyncio.create_task(process.wait())
 
     @classmethod
-    async def start(cls, slot: Slot, environment: Mapping[str, str]) -> Child:
+    async def start(
+        cls, slot: Slot, environment: Mapping[str, str], report: Path | None = None
+    ) -> Child:
         """Raises OSError: no memory, no processes left."""
         pulse, writing = os.pipe()
         listener = slot.listener.fileno()
-        command = [*slot.command, "--fd", str(listener), "--ready-fd", str(writing)]
+        where = [] if report is None else ["--report", str(report)]
+        command = [*slot.command, *where, "--fd", str(listener), "--ready-fd", str(writing)]
         try:
             process = await asyncio.create_subprocess_exec(
                 # SIGKILL: an orphan that hangs must not keep the port.
@@ -399,6 +409,7 @@ class Keeper:
         self._on_ready = on_ready
         self._relieved = asyncio.Event()
         self._child: Child | None = None
+        self._report: Path | None = None
         self._born = 0.0
 
     def report(self, report: Callable[..., None], event: str, **details: object) -> None:
@@ -408,8 +419,10 @@ class Keeper:
     async def start(self) -> bool:
         """Start a process; whether it serves. One that does not in time is killed."""
         self._child, self._born = None, time.monotonic()
+        if self._slot.reports is not None:
+            self._report = self._slot.reports.begin(self._place)
         try:
-            child = self._child = await Child.start(self._slot, self._environment)
+            child = self._child = await Child.start(self._slot, self._environment, self._report)
         except OSError as error:  # As good as dead.
             self.report(log.error, "not_started", reason=error.strerror)
             return False
@@ -434,7 +447,10 @@ class Keeper:
                 why = f"It has not moved for {HUNG_BEATS} s, and is killed."
                 self.report(log.error, "hung", pid=self._child.pid, reason=why)
                 self._child.send(signal.SIGKILL)
-        return await self._child.end()
+        status = await self._child.end()
+        if self._slot.reports is not None and self._report is not None:
+            self._slot.reports.retire(self._report)
+        return status
 
     async def keep(self) -> int:
         """Once started, until relieved. Returns the code to end the host with, else EXIT_OK."""

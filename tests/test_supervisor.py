@@ -56,7 +56,7 @@ except (ConfigurationError, StoreFailed) as error:
 WORKER = """
 import os, pathlib, signal, socket, sys, threading, time
 
-_, orders, _, fd, _, ready = sys.argv
+_, orders, *_, fd, _, ready = sys.argv
 orders = pathlib.Path(orders)
 word, _, argument = orders.read_text().partition(" ")
 
