@@ -77,7 +77,8 @@ class Histogram:
     sum: float = 0.0
 
     def observe(self, seconds: float, times: int = 1) -> None:
-        seconds = max(seconds, 0.0)  # Of two clocks, one may be a little ahead.
+        if seconds < 0.0:  # Of two clocks, one may be a little ahead.
+            seconds = 0.0
         self.counts[bisect_left(BOUNDS, seconds)] += times
         self.sum += seconds * times
 

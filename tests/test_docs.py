@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chatserver.core.claims import MAX_LIFETIME
 from chatserver.core.session import REVOCATION_SECONDS, STALE_SECONDS, Kind
+from chatserver.exposition import describe
+from chatserver.metrics import ABOUT
 from chatserver.store import keys
 from chatserver.store.keyring import Keyring
 from chatserver.store.revocations import CONFIRM_SECONDS
@@ -92,7 +97,74 @@ def test_the_house_has_every_module() -> None:
     assert modules - {"__init__.py"} <= set(listed)
 
 
-@pytest.mark.parametrize("name", ["architecture.md", "protocol.md", "tokens.md"])
+def test_every_metric_is_listed_as_it_is_exposed() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", page("metrics.md"), re.MULTILINE)
+
+    assert rows == list(describe())
+
+
+def exposed() -> set[str]:
+    """Every name that a query may use."""
+    found = set()
+    for name, kind, _, _ in describe():
+        parts = ("_bucket", "_count", "_sum") if kind == "histogram" else ("",)
+        found |= {name + part for part in parts}
+    return found
+
+
+def queried(expression: str) -> set[str]:
+    return set(re.findall(r"\b(?:chatserver|process)_\w+", expression))
+
+
+def dashboard() -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(page("grafana.json"))
+    return parsed
+
+
+def panels() -> Iterator[dict[str, Any]]:
+    return (panel for panel in dashboard()["panels"] if panel["type"] != "row")
+
+
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist() -> None:
+    asked = [target["expr"] for panel in panels() for target in panel["targets"]]
+    asked += re.findall(r"^ +expr: (.*)$", page("metrics.md"), re.MULTILINE)
+    values = {value for about in ABOUT.values() for value in about.values}
+
+    assert len(asked) > 50
+    for expression in asked:
+        assert queried(expression) <= exposed()
+        for listed in re.findall(r'\b(?:outcome|code|kind|lane)[!=]~?"([^"]*)"', expression):
+            assert set(listed.split("|")) <= values
+    # What is counted is shown.
+    names = {name for name in exposed() if not name.endswith(("_bucket", "_count", "_sum"))}
+    unseen = {"process_virtual_memory_bytes", "process_start_time_seconds"}
+    shown = {name for panel in panels() for t in panel["targets"] for name in queried(t["expr"])}
+    assert names - shown == unseen
+
+
+def test_the_dashboard_can_be_imported_anywhere() -> None:
+    """Its source of data is a variable, every panel says what it shows, and none hides another."""
+    variables = {each["name"]: each["type"] for each in dashboard()["templating"]["list"]}
+    ids = [panel["id"] for panel in dashboard()["panels"]]
+    places = [
+        (x, y)
+        for panel in dashboard()["panels"]
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+
+    assert variables == {"datasource": "datasource", "job": "query", "instance": "query"}
+    assert dashboard()["schemaVersion"] >= 39
+    assert len(ids) == len(set(ids))
+    assert len(places) == len(set(places))
+    assert max(x for x, _ in places) < 24
+    for panel in panels():
+        assert panel["description"].endswith(".")
+        for part in (panel, *panel["targets"]):
+            assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "metrics.md", "protocol.md", "tokens.md"])
 def test_links_lead_to_pages_and_headings_that_exist(name: str) -> None:
     for target, heading in re.findall(r"\]\(([\w.-]*)(?:#([\w-]+))?\)", page(name)):
         text = page(target or name)

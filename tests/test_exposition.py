@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -114,3 +115,9 @@ def test_everything_that_is_described_is_shown_and_the_reverse(tmp_path: Path) -
     }
 
     assert shown == described
+
+
+def test_the_release_that_is_told_is_the_packages() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+    assert project["version"] == __version__
