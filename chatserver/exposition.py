@@ -89,8 +89,8 @@ class _Host(Collector):
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
-        if self._directory is None:
-            return
+        if self._directory is None or not self._directory.is_dir():
+            return  # Rather nothing than zeros: they would say that all workers are down.
         known = dict.fromkeys(range(self._workers), Slot({}, [])) | read(self._directory)
         slots = [(str(number), known[number]) for number in sorted(known)]
         for field, about in ABOUT.items():

@@ -204,8 +204,8 @@ class Metrics:
         "its tokens refused. To the millisecond, as the delivery latency."
     )
     mirror_confirmed_timestamp_seconds: float = _gauge(
-        "When the list of revocations was last known to be complete, in Unix time. After 3 s "
-        "without, nobody is let in and nothing is delivered.",
+        "When the list of revocations was last known to be complete, in Unix time; 0: not yet. "
+        "After 3 s without, nobody is let in and nothing is delivered.",
         min,
     )
     clock_offset_seconds: float = _gauge(

@@ -12,7 +12,10 @@ would take that for a reset, and count the other one's part twice. What is lost 
 process had counted since its last report.
 
 A supervisor lives through releases that its workers do not. So what it adds up is numbers of
-whatever name.
+whatever name, and what it cannot read it passes over.
+
+The directory goes with the host. One that is killed leaves a few kilobytes behind, which nobody
+reads again.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ class Reports:
         report = _read(path)
         if report is not None:
             slot = path.name.partition("-")[0]
-            self._sums[slot] = add(self._sums.get(slot, {}), report["counts"])
+            self._sums[slot] = add(self._sums.get(slot, {}), report.get("counts", {}))
             self._retired.append(path.name)
             try:
                 # First: whoever reads in between finds both, and is told that one is in the other.
@@ -146,8 +149,9 @@ def read(directory: Path) -> dict[int, Slot]:
             continue
         number = int(name.partition("-")[0])
         slot = slots.get(number, Slot({}, []))
+        counts = add(slot.counts, report.get("counts", {}))
         living = Living(report["pid"], report["at"], report["version"], report["gauges"])
-        slots[number] = Slot(add(slot.counts, report["counts"]), [*slot.living, living])
+        slots[number] = Slot(counts, [*slot.living, living])
     return slots
 
 
@@ -175,12 +179,13 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(path.name + _UNFINISHED)
 
 
-def _read(path: Path) -> Any:
-    """None: its process has not reported yet, or has ended meanwhile."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """None: its process has not reported yet, or has ended meanwhile; or it is no report."""
     try:
-        return orjson.loads(path.read_bytes())
-    except FileNotFoundError:
+        report = orjson.loads(path.read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
         return None
+    return report if isinstance(report, dict) else None
 
 
 def _write(path: Path, content: object) -> None:

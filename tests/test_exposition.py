@@ -103,6 +103,10 @@ def test_without_reports_there_is_nothing_to_show() -> None:
     assert parsed(None) == []
 
 
+def test_of_a_directory_that_was_taken_away_nothing_is_shown(tmp_path: Path) -> None:
+    assert parsed(tmp_path / "gone") == []
+
+
 def test_everything_that_is_described_is_shown_and_the_reverse(tmp_path: Path) -> None:
     Report(Reports(tmp_path).begin(0)).write(Metrics())
     shown = {}

@@ -129,6 +129,17 @@ def test_numbers_of_any_release_add_up(one: Any, other: Any, both: Any) -> None:
     assert add(one, other) == both
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"{}"])
+def test_what_is_no_report_is_passed_over(tmp_path: Path, content: bytes) -> None:
+    """The supervisor must outlive whatever a release to come may write."""
+    host = Reports(tmp_path)
+    path = host.begin(0)
+    path.write_bytes(content)
+    host.retire(path)
+
+    assert read(tmp_path).get(0, reports.Slot({}, [])) == reports.Slot({}, [])
+
+
 def test_a_directory_that_cannot_be_written_to_stops_nobody(tmp_path: Path) -> None:
     Report(tmp_path / "gone" / "0-1").write(counted(1))
     Reports(tmp_path / "gone").retire(tmp_path / "gone" / "0-1")
