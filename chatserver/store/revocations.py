@@ -192,7 +192,8 @@ class Mirror:
         """Connections closed for an entry, not yet told."""
         self.incarnation: bytes | None = None
         """The store's name, and salt of its refresh keys; None until the first look."""
-        self._rewriting = False
+        self._history: bytes | None = None
+        """The store's replication id: another one means that its latest entries may be others."""
         self._confirmed_at = float("-inf")
         self.skewed = False
         """The clock here is not the store's: times in tokens cannot be judged."""
@@ -266,10 +267,16 @@ class Mirror:
         except StoreUnavailable:
             self._counts = counts | self._counts
             raise
-        store_time, incarnation, latest, lapsed, entries = seen
-        if lapsed or asked_at - self._confirmed_at > STALE_SECONDS:  # it may have in an answer lost
+        store_time, incarnation, history, lapsed, entries = seen
+        other = self._is_other(incarnation, history)
+        if other or lapsed or asked_at - self._confirmed_at > STALE_SECONDS:
+            # Connections may not be known to it: the lease may have ended in an answer lost.
             self._follower.lease_lapsed()
-        if await self._came_back_other(incarnation, latest, store_time):
+        if other:
+            # Should it fail half way, the store is still another one, and all is done again.
+            await self._write_back(store_time)
+        self.incarnation, self._history = incarnation, history
+        if other:
             return True
         for name, fields in entries:
             self._last = name
@@ -299,23 +306,33 @@ class Mirror:
             ],
         )
 
-    async def _came_back_other(self, incarnation: bytes, latest: str, now: float) -> bool:
-        """The store was emptied, or is an older copy: give back what is known here, reload."""
-        lost = _place(latest) < _place(self._last) and latest != "0-0"
-        if self.incarnation in (None, incarnation) and not lost and not self._rewriting:
-            self.incarnation = incarnation
-            return False
-        # Should writing back fail half way, all of it is done again.
-        self._rewriting = True
+    def _is_other(self, incarnation: bytes, history: bytes) -> bool:
+        """Whether the store was emptied, or its history may have forked: after a failover, a
+        restart, or when a file was put back. Its latest entries do not tell: there may be new ones
+        behind those that are gone, and others before the last that was seen."""
+        known = self.incarnation, self._history
+        return known != (None, None) and known != (incarnation, history)
+
+    async def _write_back(self, now: float) -> None:
+        """Give the store what it lacks of what is known here; all is to be read again."""
         self._last = "0-0"
-        kept = [entry for entry in self._list.entries() if entry.until > now]
-        log.warning("store has lost revocations", written_back=len(kept))
-        for entry in kept:
+        alive = [entry for entry in self._list.entries() if entry.until > now]
+        lacking = await self._lacking(alive)
+        if lacking:
+            log.warning("store has lost revocations", written_back=len(lacking))
+        for entry in lacking:
             seconds = min(int(entry.until - now) + 1, REVOCATION_SECONDS)
             await self._lane.call(_revoke_command(entry.kind, entry.value, seconds, entry.cutoff))
-        self.incarnation = incarnation
-        self._rewriting = False
-        return True
+
+    async def _lacking(self, entries: list[Revocation]) -> list[Revocation]:
+        """Those of the entries that the store does not have."""
+        found: list[Revocation] = []
+        for start in range(0, len(entries), POLL_ENTRIES):
+            some = entries[start : start + POLL_ENTRIES]
+            names = [keys.record(entry.kind, entry.value) for entry in some]
+            cutoffs = await self._lane.fetch(["MGET", *names], _cutoffs)
+            found += [e for e, kept in zip(some, cutoffs, strict=True) if kept < e.cutoff]
+        return found
 
     def _apply(self, flat: list[bytes]) -> None:
         try:
@@ -365,23 +382,26 @@ class Sight(NamedTuple):
     store_time: float
     """Seconds since the epoch."""
     incarnation: bytes
-    latest: str
-    """The stream's last entry."""
+    history: bytes
+    """Its replication id."""
     lapsed: bool
     """This worker had no lease."""
     entries: list[tuple[str, list[bytes]]]
 
 
 def _sight(reply: Reply) -> Sight:
-    seconds, microseconds, incarnation, latest, lapsed, *entries = reply
-    if not isinstance(incarnation, bytes):
-        raise TypeError("an incarnation is a name")
+    seconds, microseconds, incarnation, history, lapsed, *entries = reply
+    if not isinstance(incarnation, bytes) or not isinstance(history, bytes):
+        raise TypeError("both are names")
     found = [(name.decode(), fields) for name, fields in entries]
-    for name in (latest.decode(), *(name for name, _ in found)):
+    for name, _ in found:
         _place(name)
-    return Sight(
-        int(seconds) + int(microseconds) / 1e6, incarnation, latest.decode(), bool(lapsed), found
-    )
+    return Sight(int(seconds) + int(microseconds) / 1e6, incarnation, history, bool(lapsed), found)
+
+
+def _cutoffs(reply: Reply) -> list[int]:
+    """What records hold; less than any cutoff where there is none."""
+    return [-1 if record is None else int(record) for record in reply]
 
 
 def new_incarnation() -> str:

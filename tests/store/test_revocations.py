@@ -378,20 +378,48 @@ async def test_what_an_emptied_store_forgot_is_written_back(
 async def test_an_older_copy_of_the_store_gets_back_what_it_lacks(
     own: Mirrors, own_valkey: Valkey
 ) -> None:
-    """The same store by its name, but its latest entry is one that was long known."""
+    """Also when it has a later entry by then: as after a failover to a replica that was behind."""
     await own.end(Kind.SESSION, "old")
-    await own.end(Kind.SESSION, "new")
-    await eventually(lambda: own.mirror.covers(identity(session="new")))
+    with own_valkey.older_copy() as put_back:
+        await own.end(Kind.SESSION, "lost")
+        await own.end(Kind.USER, "u")
+        await eventually(lambda: len(own.told) == 3)
+        at = own.told[-1].cutoff
+        following = own.tasks.pop()
+        await end([following])
+        put_back()
+    await own.end(Kind.SESSION, "later")
+    own.tasks.append(asyncio.create_task(own.mirror.run()))
+    keys = ["chat:{auth}:revoked:session:lost", "chat:{auth}:revoked:user:u"]
+    await eventually(lambda: own_valkey.command("EXISTS", *keys) == b":2")
+    fresh = Mirrors(own.url)
+    await eventually(lambda: fresh.mirror.covers(identity(user="u", issued_at=at)))
+    await fresh.close()
 
-    latest = own.mirror._last
-    own_valkey.command("DEL", "chat:{auth}:revoked:session:new")
-    own_valkey.command("XDEL", STREAM, latest)
-    own.mirror.wake()
+    for known in (own, fresh):
+        for session in ("old", "lost", "later"):
+            assert known.mirror.covers(identity(session=session))
+        assert not known.mirror.covers(identity(user="u", issued_at=at + 1))
+    # Nothing that it had is written again: one entry each.
+    assert own_valkey.command("XLEN", STREAM) == b":4"
 
-    await eventually(
-        lambda: own_valkey.command("EXISTS", "chat:{auth}:revoked:session:new") == b":1"
-    )
-    await eventually(own.mirror.fresh)
+
+async def test_a_mirror_reads_all_again_when_the_stores_history_forked(
+    own: Mirrors, own_valkey: Valkey
+) -> None:
+    """What the other branch had before this one's last entry is not to be missed."""
+    await own.end(Kind.SESSION, "mine")
+    await eventually(lambda: own.mirror.covers(identity(session="mine")))
+    entry = ["kind", "session", "cutoff", "0", "until", "9999999999", "value"]
+    following = own.tasks.pop()
+    await end([following])
+    own_valkey.command("DEL", STREAM)
+    own_valkey.command("XADD", STREAM, "1-1", *entry, "theirs")
+    own_valkey.command("XADD", STREAM, "9999999999999-1", *entry, "later")
+    own_valkey.restart()
+    own.tasks.append(asyncio.create_task(own.mirror.run()))
+
+    await eventually(lambda: own.mirror.covers(identity(session="theirs")))
 
 
 class _Failing(Lane):

@@ -7,8 +7,8 @@
 -- ARGV  1 id of the last entry applied, "0-0" for none; 2 incarnation to set where there is none
 --       3 at most so many entries; 4 worker, 5 about it; 6 milliseconds that a lease lasts
 --       7 seconds that a counter lasts; 8 ... what to count, one for each counter
--- reply {seconds, microseconds, incarnation, id of the stream's latest entry or "0-0",
---        1 if there was no living lease of this worker, {id, {field, value ...}} ...}
+-- reply {seconds, microseconds, incarnation, replication id of the store (room.lua says what it
+--        shows), 1 if there was no living lease of this worker, {id, {field, value ...}} ...}
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
@@ -37,10 +37,8 @@ if lapsed == 1 then
 end
 redis.call('HSET', KEYS[3], ARGV[4], string.format('%.0f %s %s', now, ARGV[1], ARGV[5]))
 
-local latest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
-local reply = {
-  tonumber(clock[1]), tonumber(clock[2]), incarnation, latest[1] and latest[1][1] or '0-0', lapsed,
-}
+local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
+local reply = {tonumber(clock[1]), tonumber(clock[2]), incarnation, history, lapsed}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[3])) do
   reply[#reply + 1] = entry
 end
