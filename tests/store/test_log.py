@@ -536,6 +536,33 @@ async def test_what_was_sent_beyond_the_fork_may_be_sent_again_with_its_key(
     assert not (await own_rooms.publish(room, key="k")).duplicate
 
 
+@pytest.mark.parametrize("word", [b"XADD", b"EXEC"])
+async def test_a_file_that_was_cut_off_amid_a_publish_leaves_neither_hole_nor_ghost(
+    own_rooms: Rooms, own_valkey: Valkey, room: str, word: bytes
+) -> None:
+    """Redis keeps the half of the transaction that it has, and carries it out when the file is
+    loaded once more. "EXEC" leaves a whole publish there, "XADD" the counter alone."""
+    silent = room + "-silent"
+    for name in (silent, room):
+        await own_rooms.fill(name, 3)
+    before = await own_rooms.read(room)
+    own_valkey.cut_off(word)
+    await back(own_rooms)
+    if word == b"EXEC":
+        instead = [(await own_rooms.publish(room, b'"instead"')).offset for _ in range(2)]
+        assert instead == [3, 4]
+    own_valkey.restart()
+    await back(own_rooms)
+
+    sent = await own_rooms.publish(room)
+    after = await own_rooms.read(room, epoch=before.epoch, after=2)
+    assert not after.continues(3)
+    assert offsets(after) == list(range(3, sent.offset + 1))
+    if word == b"EXEC":
+        assert [b"instead" in event.payload for event in after.events] == [True, True, False]
+    assert offsets(await own_rooms.read(silent)) == [1, 2, 3]
+
+
 async def test_so_many_earlier_epochs_are_remembered_and_no_more(
     own_rooms: Rooms, own_valkey: Valkey, room: str
 ) -> None:

@@ -106,6 +106,13 @@ class Valkey:
         self.kill()
         self.start()
 
+    def cut_off(self, word: bytes) -> None:
+        """Kill it, cut its file off in the middle of where this word stands last, start it."""
+        self.kill()
+        [file] = (self.directory / "appendonlydir").glob("*.incr.aof")
+        os.truncate(file, file.read_bytes().rindex(word) + len(word) // 2)
+        self.start()
+
     @contextmanager
     def older_copy(self) -> Iterator[Callable[[], None]]:
         """What it has written until now; the function given puts that back in its place."""

@@ -11,7 +11,7 @@
 --       10 milliseconds to remember the key
 -- reply {epoch, offset, ts, duplicate: 0 or 1}
 local meta, log, record = KEYS[1], KEYS[2], KEYS[3]
-local epoch, _, _, name = enter(meta, log, ARGV[3])
+local epoch, top, _, name = enter(meta, log, ARGV[3])
 
 if record then
   local known = redis.call('GET', record)
@@ -25,9 +25,10 @@ if record then
   end
 end
 
-local offset = redis.call('HINCRBY', meta, 'offset', 1)
+local offset = top + 1
 local ts = now()
 local place = exact(offset)
+redis.call('HSET', meta, 'offset', place) -- never HINCRBY, which done twice is another: see mend()
 local event = ARGV[1] .. place .. ',"ts":' .. exact(ts) .. ARGV[2]
 
 redis.call('XADD', log, 'MAXLEN', '=', ARGV[4], place .. '-' .. exact(ts), 'e', event)

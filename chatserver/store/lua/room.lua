@@ -13,6 +13,39 @@
 -- log    stream, one entry an event: id <offset>-<ts>, field e
 local REMEMBERED = 32 -- epochs, 20 bytes each
 
+local function place_of(id)
+  local offset, ts = string.match(id, '^(%d+)-(%d+)$')
+  return tonumber(offset), tonumber(ts)
+end
+
+-- %.0f, for tostring() would turn to 1e+15.
+local function exact(number)
+  return string.format('%.0f', number)
+end
+
+-- Where a file of commands was cut off amid a transaction, Redis keeps what it has of that one,
+-- does not carry it out, and writes on behind it. Loaded once more it is carried out, as a part of
+-- the transaction that comes next: the counter may stand above the log, and an event that was
+-- lost be there again, before the one that got its offset since.
+-- Makes both right, and returns the counter.
+local function mend(log, top)
+  local first = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
+  if not first then
+    return top
+  end
+  local last = place_of(redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1][1])
+  if redis.call('XLEN', log) > last - place_of(first[1]) + 1 then
+    local before = '0-0'
+    for _, entry in ipairs(redis.call('XRANGE', log, '-', '+')) do
+      if place_of(entry[1]) == place_of(before) then
+        redis.call('XDEL', log, before)
+      end
+      before = entry[1]
+    end
+  end
+  return last
+end
+
 -- Returns the room's state as it is now: epoch, offset, past, log.
 local function enter(meta, log, fresh)
   local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
@@ -26,26 +59,17 @@ local function enter(meta, log, fresh)
     return fresh, 0, '', fresh
   end
   if began ~= history then
-    top, past, name = top or '0', past or '', name or epoch
+    top, past, name = exact(mend(log, tonumber(top or '0'))), past or '', name or epoch
     past = past .. epoch .. ' ' .. top .. ' '
     local count = select(2, string.gsub(past, '%S+ %S+ ', ''))
     if count > REMEMBERED then
       past = string.match(past, '^%S+ %S+ (.*)$')
     end
     epoch = fresh
-    redis.call('HSET', meta, 'epoch', epoch, 'history', history, 'past', past, 'log', name)
+    redis.call('HSET', meta, 'epoch', epoch, 'offset', top, 'history', history, 'past', past,
+      'log', name)
   end
   return epoch, tonumber(top), past, name
-end
-
-local function place_of(id)
-  local offset, ts = string.match(id, '^(%d+)-(%d+)$')
-  return tonumber(offset), tonumber(ts)
-end
-
--- %.0f, for tostring() would turn to 1e+15.
-local function exact(number)
-  return string.format('%.0f', number)
 end
 
 local function now()
