@@ -16,6 +16,7 @@ from typing import Any
 
 from chatserver.store.embedded import tethered
 from tests.support.client import exchange, request
+from tests.support.network import Site
 from tests.support.tokens import Issuer
 from tests.support.worker import PATIENCE, eventually
 
@@ -26,11 +27,23 @@ DEATHS_SECONDS = 180.0
 """A worker that dies more often in so many seconds makes the supervisor give up, rightly."""
 
 
+HERE = Site()
+
+
 class Server:
     """Two workers behind one port, kept alive by the supervisor."""
 
-    def __init__(self, log: Path, redis_url: str, issuer: Issuer, **settings: object) -> None:
+    def __init__(
+        self,
+        log: Path,
+        redis_url: str,
+        issuer: Issuer,
+        site: Site = HERE,
+        /,
+        **settings: object,
+    ) -> None:
         self.issuer = issuer
+        self._site = site
         self.port = 0
         self.control_port = 0
         self.workers: dict[int, int] = {}
@@ -51,9 +64,11 @@ class Server:
                 {
                     "secret": issuer.secret,
                     "redis_url": redis_url,
+                    "host": site.address,
                     "port": 0,
                     "workers": 2,
                     "control_key": self._control_key,
+                    "control_host": site.address,
                     "control_port": 0,
                     "handshake_rate": 100_000,
                     "drain_seconds": 1,
@@ -67,7 +82,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/v1/ws"
+        return f"ws://{self._site.address}:{self.port}/v1/ws"
 
     async def start(self) -> None:
         """Returns when every worker serves."""
@@ -81,9 +96,10 @@ class Server:
         assert process.poll() is None, self.log()[-4000:]
 
     def _begin(self) -> subprocess.Popen[bytes]:
+        command = [*self._site.within, sys.executable, "-m", "chatserver", "serve"]
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                tethered([sys.executable, "-m", "chatserver", "serve"], signal.SIGTERM),
+                tethered(command, signal.SIGTERM),
                 env=self._environment,
                 stdout=log,
                 stderr=log,
@@ -167,7 +183,7 @@ class Server:
             "Content-Length": str(len(data)),
             "Connection": "close",
         }
-        url = f"ws://127.0.0.1:{self.control_port}{path}"
+        url = f"ws://{self._site.address}:{self.control_port}{path}"
         answer = await exchange(url, request(url, method="POST", headers=headers) + data, 5.0)
         if answer.status not in (200, 201):
             raise ValueError(answer.status)

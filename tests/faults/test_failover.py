@@ -58,7 +58,7 @@ async def fail_over(failover: Failover, stage: Theatre) -> None:
         assert await until(lambda: failover.sentinels.agree_on(port), 4 * PATIENCE)
         # Back as a replica at once; the sentinels would take their time.
         await asyncio.to_thread(primary.start)
-        primary.command("REPLICAOF", "127.0.0.1", str(port))
+        failover.follow(0, 1)
         acked = outcomes(stage.history, "ok")
         assert await until(lambda: outcomes(stage.history, "ok") > acked + 20, 4 * PATIENCE)
 

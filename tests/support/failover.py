@@ -1,4 +1,4 @@
-"""A primary, a replica and three sentinels, on loopback ports."""
+"""A primary, a replica and three sentinels: on loopback ports, or on hosts of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tests.support.network import Site
 from tests.support.valkey import START_SECONDS, Valkey, binary
 
 DOWN_MILLISECONDS = 1000
@@ -41,37 +42,39 @@ def address(port: int) -> str:
 class Sentinels:
     """Three, which know each other and the replica from the start."""
 
-    def __init__(self, directory: Path, primary: int, replica: int) -> None:
+    def __init__(self, directory: Path, site: Site, stores: dict[int, Site]) -> None:
+        """``stores``: the primary and the replica, by their ports."""
         self._directory = directory
+        self._site = site
         self._processes: list[subprocess.Popen[bytes]] = []
         self.ports = free_ports(3)
         self._names = [secrets.token_hex(20) for _ in self.ports]
-        self._first = primary, replica
+        self._stores = stores
 
     def start(self) -> None:
         for port in self.ports:
             home = self._directory / str(port)
             home.mkdir()
             (home / "conf").write_text(self._configuration(port, home))
-            command = [binary(), str(home / "conf"), "--sentinel"]
+            command = [*self._site.within, binary(), str(home / "conf"), "--sentinel"]
             self._processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
 
     def _configuration(self, port: int, home: Path) -> str:
-        primary, replica = self._first
+        primary, replica = (f"{site.address} {port}" for port, site in self._stores.items())
         lines = [
-            "bind 127.0.0.1",
+            f"bind {self._site.address}",
             f"port {port}",
             f"dir {home}",
             f"logfile {home / 'log'}",
             f"sentinel myid {dict(zip(self.ports, self._names, strict=True))[port]}",
-            f"sentinel monitor {SERVICE} 127.0.0.1 {primary} 2",
+            f"sentinel monitor {SERVICE} {primary} 2",
             f"sentinel down-after-milliseconds {SERVICE} {DOWN_MILLISECONDS}",
             # How soon they try again, should one of their elections have no winner.
             f"sentinel failover-timeout {SERVICE} 3000",
-            f"sentinel known-replica {SERVICE} 127.0.0.1 {replica}",
+            f"sentinel known-replica {SERVICE} {replica}",
         ]
         lines += [
-            f"sentinel known-sentinel {SERVICE} 127.0.0.1 {other} {name}"
+            f"sentinel known-sentinel {SERVICE} {self._site.address} {other} {name}"
             for other, name in zip(self.ports, self._names, strict=True)
             if other != port
         ]
@@ -80,7 +83,7 @@ class Sentinels:
     def primary(self, port: int) -> int:
         """The primary's port, as that sentinel has it; 0 when it does not answer."""
         try:
-            found = command(port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
+            found = self.command(port, "GET-MASTER-ADDR-BY-NAME")
         except OSError:
             return 0
         return int(found[1]) if isinstance(found, list) else 0
@@ -90,11 +93,14 @@ class Sentinels:
 
     def ready(self) -> bool:
         """Each sees the others, and a replica that may be promoted."""
-        return self.agree_on(self._first[0]) and all(
-            command(port, "SENTINEL", "CKQUORUM", SERVICE).startswith(b"OK 3")
-            and b"ok" in command(port, "SENTINEL", "REPLICAS", SERVICE)[0]
+        return self.agree_on(next(iter(self._stores))) and all(
+            self.command(port, "CKQUORUM").startswith(b"OK 3")
+            and b"ok" in self.command(port, "REPLICAS")[0]
             for port in self.ports
         )
+
+    def command(self, port: int, name: str) -> Any:
+        return command(port, "SENTINEL", name, SERVICE, host=self._site.address)
 
     def stop(self) -> None:
         for process in self._processes:
@@ -106,12 +112,12 @@ class Sentinels:
 Reply = bytes | int | None | list["Reply"]
 
 
-def command(port: int, *words: str | int) -> Any:
+def command(port: int, *words: str | int, host: str = "127.0.0.1") -> Any:
     """Send one command on a connection of its own. An error is bytes that begin with a minus."""
     encoded = [str(word).encode() for word in words]
     request = b"*%d\r\n" % len(encoded)
     request += b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
-    with socket.create_connection(("127.0.0.1", port), START_SECONDS) as link:
+    with socket.create_connection((host, port), START_SECONDS) as link:
         link.sendall(request)
         with link.makefile("rb") as answers:
             return _read(answers)
@@ -138,20 +144,33 @@ def _read(answers: BinaryIO) -> Reply:
 class Failover:
     """Synchronous, as ``Valkey``: its tests own the event loop."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *sites: Site) -> None:
+        """``sites``: where the primary, the replica and the sentinels are."""
         self._directory = directory
+        *places, self._watch = sites or (Site(), Site(), Site())
         self.ports = free_ports(2)
         self.stores: list[Valkey] = []
-        for name, port in zip("ab", self.ports, strict=True):
+        for name, port, site in zip("ab", self.ports, places, strict=True):
             (directory / name).mkdir()
-            options = {"port": str(port), "bind": "127.0.0.1", "repl-diskless-sync-delay": "0"}
-            self.stores.append(Valkey(directory / name, **options))
-        self.sentinels = Sentinels(directory, *self.ports)
+            options = {
+                "port": str(port),
+                "bind": site.address,
+                "protected-mode": "no",
+                "repl-diskless-sync-delay": "0",
+            }
+            self.stores.append(Valkey(directory / name, site.within, **options))
+        self._places = dict(zip(self.ports, places, strict=True))
+        self.sentinels = Sentinels(directory, self._watch, self._places)
 
     @property
     def url(self) -> str:
-        hosts = ",".join(map(address, self.sentinels.ports))
+        hosts = ",".join(f"{self._watch.address}:{port}" for port in self.sentinels.ports)
         return f"redis+sentinel://{hosts}/{SERVICE}"
+
+    def follow(self, replica: int, primary: int) -> None:
+        """Have one of the two stores, by its place, be a replica of the other."""
+        port = self.ports[primary]
+        self.stores[replica].command("REPLICAOF", self._places[port].address, str(port))
 
     @property
     def primary(self) -> Valkey:
@@ -161,14 +180,14 @@ class Failover:
         first, second = self.stores
         first.start()
         second.start()
-        second.command("REPLICAOF", "127.0.0.1", str(self.ports[0]))
+        self.follow(1, 0)
         wait(lambda: b"master_link_status:up" in _replication(second), "the replica")
         self.sentinels.start()
         wait(self.sentinels.ready, "the sentinels")
 
     def fail_over(self) -> None:
         """Let the sentinels put the other one in the primary's place; both live."""
-        reply = command(self.sentinels.ports[0], "SENTINEL", "FAILOVER", SERVICE)
+        reply = self.sentinels.command(self.sentinels.ports[0], "FAILOVER")
         assert reply == b"OK", reply
 
     def stop(self) -> None:

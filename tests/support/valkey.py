@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,9 +28,11 @@ def binary() -> str:
 class Valkey:
     """One store. Everything is synchronous: it is a fixture, and its tests own the event loop."""
 
-    def __init__(self, directory: Path, **options: str) -> None:
-        """With these options of the server's own, such as ``port``."""
+    def __init__(self, directory: Path, within: Sequence[str] = (), /, **options: str) -> None:
+        """With these options of the server's own, such as ``port``. ``within``: what to put before
+        the command, so that it runs on another host."""
         self.directory = directory
+        self._within = within
         self._options = options
         self.socket = directory / "s"
         assert len(str(self.socket)) < 100, "a Unix socket's path is at most 107 bytes"
@@ -58,7 +60,7 @@ class Valkey:
             "--enable-debug-command": "yes",
         }
         arguments |= {f"--{name}": value for name, value in self._options.items()}
-        command = [binary(), *(part for pair in arguments.items() for part in pair)]
+        command = [*self._within, binary(), *(part for pair in arguments.items() for part in pair)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + START_SECONDS
         while self._ping() is not True:
