@@ -394,7 +394,7 @@ def _ranges(offsets: list[int]) -> str:
 
 
 class Latency(NamedTuple):
-    """From the first attempt to the delivery, in milliseconds."""
+    """From the first attempt to the delivery, in milliseconds, to who was connected then."""
 
     deliveries: int
     p50: float
@@ -420,9 +420,12 @@ class Report(NamedTuple):
     closes: dict[int, int]
     revoked: int
     faults: dict[str, int]
+    before: Latency
+    """Delivered before the first fault: what the others are to be measured by."""
     calm: Latency
+    """Sent and delivered between faults, when what they did was over."""
     faulty: Latency
-    """Sent during a fault, or within the time that recovery may take."""
+    """On the way during a fault, or within the time that recovery may take."""
 
     @classmethod
     def of(cls, history: Iterable[Record]) -> Report:
@@ -432,7 +435,7 @@ class Report(NamedTuple):
             count[type(record)] += 1
         sends = [record for record in records if isinstance(record, Sent)]
         recovered = [r.recovered for r in records if isinstance(r, Joined) and r.since]
-        calm, faulty = _latencies(records)
+        before, calm, faulty = _latencies(records)
         return cls(
             outcomes=_counted(sent.outcome for sent in sends),
             duplicates=sum(sent.duplicate for sent in sends),
@@ -446,6 +449,7 @@ class Report(NamedTuple):
             closes=_counted(r.code for r in records if isinstance(r, Closed)),
             revoked=count[Revoked],
             faults=_counted(r.name for r in records if isinstance(r, Fault) and r.phase == "begin"),
+            before=before,
             calm=calm,
             faulty=faulty,
         )
@@ -464,7 +468,9 @@ class Report(NamedTuple):
                 f"{self.resets} resets, {self.epochs} epochs",
                 f"connections {self.connections}; closed {closes or 'none'}; "
                 f"{self.revoked} sessions revoked",
-                f"latency     calm {self.calm}; with faults {self.faulty}",
+                f"latency     before any fault {self.before}",
+                f"            between faults {self.calm}",
+                f"            with faults {self.faulty}",
             ]
         )
 
@@ -476,21 +482,27 @@ def _counted(values: Iterable[T]) -> dict[T, int]:
     return dict(count)
 
 
-def _latencies(records: list[Record]) -> tuple[Latency, Latency]:
+def _latencies(records: list[Record]) -> tuple[Latency, Latency, Latency]:
     story = Story(records)
+    windows = [w for w in story.windows if w.name not in ELSEWHERE]
+    first = min((window.begin for window in windows), default=float("inf"))
+    before: list[float] = []
     calm: list[float] = []
     faulty: list[float] = []
     for event in story.received:
         sent = story.sends.get((event.room, event.key))
-        if sent is None or event.kind != "message":
+        connected = story.connected.get(event.connection)
+        if sent is None or event.kind != "message" or connected is None:
             continue
+        if connected.at > sent.began:
+            continue  # It was away by its own fault or another's: this is a recovery.
         near = any(
-            window.begin < sent.began < window.end + LIVENESS_SECONDS / 2
-            for window in story.windows
-            if window.name not in ELSEWHERE
+            window.begin < event.at and sent.began < window.end + LIVENESS_SECONDS / 2
+            for window in windows
         )
-        (faulty if near else calm).append((event.at - sent.began) * 1000)
-    return _latency(calm), _latency(faulty)
+        found = faulty if near else before if event.at <= first else calm
+        found.append((event.at - sent.began) * 1000)
+    return _latency(before), _latency(calm), _latency(faulty)
 
 
 def _latency(values: list[float]) -> Latency:

@@ -334,15 +334,20 @@ USUAL = tuple(name for name in FAULTS if name != "store_emptied")
 
 
 def plan(
-    seed: int, seconds: float, names: Sequence[str] = USUAL, every: float = EVERY_SECONDS
+    seed: int,
+    seconds: float,
+    names: Sequence[str] = USUAL,
+    every: float = EVERY_SECONDS,
+    lead: float = QUIET_SECONDS,
 ) -> list[Planned]:
-    """Faults for so many seconds, one ``every`` so many or less, some of them at once."""
+    """Faults for so many seconds, one ``every`` so many or less, some of them at once; the first
+    when ``lead`` seconds are over."""
     if not names:
         return []
     rng = random.Random(seed)
     free: dict[str, float] = {}
     found: list[Planned] = []
-    at = QUIET_SECONDS
+    at = lead
     while at < seconds - QUIET_SECONDS:
         name = rng.choice(names)
         kind = FAULTS[name]

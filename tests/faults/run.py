@@ -19,7 +19,15 @@ from tests.faults.checker import LIVENESS_SECONDS, Invariant, Report, Violation,
 from tests.faults.clients import GIVE_UP_SECONDS, now
 from tests.faults.fleet import Fleet
 from tests.faults.history import History, Logged, Mark
-from tests.faults.nemesis import EVERY_SECONDS, USUAL, Nemesis, Planned, Theatre, plan
+from tests.faults.nemesis import (
+    EVERY_SECONDS,
+    QUIET_SECONDS,
+    USUAL,
+    Nemesis,
+    Planned,
+    Theatre,
+    plan,
+)
 from tests.faults.server import Server, until
 from tests.support.proxy import Proxy
 from tests.support.tokens import Issuer
@@ -108,13 +116,14 @@ class Run:
         *,
         faults: Sequence[str] = USUAL,
         every: float = EVERY_SECONDS,
+        lead: float = QUIET_SECONDS,
         history: Path | None = None,
         say: Say = lambda text: None,
     ) -> None:
         self.seed = seed
         self.seconds = seconds
         self.shape = shape or Shape()
-        self.plan = plan(seed, seconds, faults, every)
+        self.plan = plan(seed, seconds, faults, every, lead)
         self.history = History(history)
         self._say = say
         self._violations: list[Violation] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.faults.checker import Report, check
 from tests.faults.history import History
-from tests.faults.nemesis import EVERY_SECONDS, FAULTS, USUAL
+from tests.faults.nemesis import EVERY_SECONDS, FAULTS, QUIET_SECONDS, USUAL
 from tests.faults.run import Run, Shape, Verdict
 
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Shape(options.rooms, options.members, options.rate),
         faults=options.faults,
         every=options.every,
+        lead=options.lead,
         history=history,
         say=_say,
     )
@@ -64,7 +65,7 @@ def _as_json(verdict: Verdict) -> dict[str, object]:
         "plan": [planned._asdict() for planned in verdict.plan],
         "skipped": verdict.skipped,
         "report": report._asdict()
-        | {"calm": report.calm._asdict(), "faulty": report.faulty._asdict()},
+        | {name: getattr(report, name)._asdict() for name in ("before", "calm", "faulty")},
         "told": verdict.told,
         "violations": [
             {"invariant": int(violation.invariant), "text": violation.text}
@@ -105,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
         default=EVERY_SECONDS,
         metavar="S",
         help=f"a fault every so many seconds (default: {EVERY_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--lead",
+        type=float,
+        default=QUIET_SECONDS,
+        metavar="S",
+        help="the first fault comes after so many seconds: longer, to compare what deliveries take "
+        f"before and between faults (default: {QUIET_SECONDS:g})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     parser.add_argument(

@@ -825,5 +825,6 @@ def test_the_report_counts() -> None:
     assert report.outcomes == {"ok": 20, "unknown": 1}
     assert (report.delivered, report.recovered, report.not_recovered) == (63, 1, 0)
     assert (report.epochs, report.resets, report.faults) == (3, 0, {"links_slow": 1})
-    assert (report.calm.deliveries, report.faulty.deliveries) == (60, 3)
+    latencies = (report.before, report.calm, report.faulty)
+    assert [latency.deliveries for latency in latencies] == [30, 30, 3]
     assert "21: 20 ok, 1 unknown" in str(report)
