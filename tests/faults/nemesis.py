@@ -18,6 +18,7 @@ from tests.faults.clients import Client, now
 from tests.faults.fleet import Fleet
 from tests.faults.history import Fault, History, Revoked
 from tests.faults.server import Server, tell
+from tests.faults.story import LOSSY
 from tests.support.proxy import Link, Proxy, Weather
 from tests.support.valkey import Valkey
 
@@ -218,6 +219,12 @@ class Nemesis:
         async with self.window("store_emptied"):
             await self.command("FLUSHALL")
 
+    async def cut_store_off(self, seconds: float, rng: random.Random) -> None:
+        """Its file ends somewhere amid the latest commands."""
+        lost = int(rng.lognormvariate(6, 2))
+        async with self.window("store_older", f"by {lost} bytes"):
+            await asyncio.to_thread(self.theatre.valkey.shorten, lambda written: lost)
+
     async def command(self, *words: str) -> None:
         await asyncio.to_thread(self.theatre.valkey.command, *words)
 
@@ -327,10 +334,11 @@ FAULTS = {
     "bits_flipped": Kind("dirty", 1, 5, Nemesis.flip_bits),
     "slow_readers": Kind("readers", 1, 5, Nemesis.pause_readers),
     "revocations": Kind("sessions", 0, 0, Nemesis.revoke_sessions),
+    "store_older": Kind("store", 0, 0, Nemesis.cut_store_off),
     "store_emptied": Kind("store", 0, 0, Nemesis.empty_store),
 }
-USUAL = tuple(name for name in FAULTS if name != "store_emptied")
-"""Faults of a random run. An emptied store loses what was acked, and says so."""
+USUAL = tuple(name for name in FAULTS if name not in LOSSY)
+"""Faults of a random run."""
 
 
 def plan(

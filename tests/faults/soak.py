@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_faults,
         default=USUAL,
         metavar="A,B,C",
-        help=f"only these, of: {', '.join(FAULTS)} (default: all but store_emptied)",
+        help=f"only these, of: {', '.join(FAULTS)} (default: all that lose nothing)",
     )
     parser.add_argument(
         "--every",

@@ -110,9 +110,14 @@ class Valkey:
 
     def cut_off(self, word: bytes) -> None:
         """Kill it, cut its file off in the middle of where this word stands last, start it."""
+        self.shorten(lambda written: len(written) - written.rindex(word) - len(word) // 2)
+
+    def shorten(self, by: Callable[[bytes], int]) -> None:
+        """Kill it, take so many bytes from the end of its file, start it."""
         self.kill()
         [file] = (self.directory / "appendonlydir").glob("*.incr.aof")
-        os.truncate(file, file.read_bytes().rindex(word) + len(word) // 2)
+        written = file.read_bytes()
+        os.truncate(file, max(0, len(written) - by(written)))
         self.start()
 
     @contextmanager
