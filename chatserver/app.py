@@ -208,6 +208,7 @@ class Worker:
             now = time.monotonic()
             measured.event_loop_lag_seconds.observe(now - began - TICK_SECONDS)
             self._hub.fanout.tick()
+            self._listener.sweep()
             self._spare_collections()
             if now - reported_at > REPORT_SECONDS - TICK_SECONDS / 2:
                 reported_at = now

@@ -15,9 +15,14 @@ import socket
 import time
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
-from websockets.exceptions import HeaderLineTooLong, RequestLineTooLong, TooManyHeaders
+from websockets.exceptions import (
+    HeaderLineTooLong,
+    InvalidHandshake,
+    RequestLineTooLong,
+    TooManyHeaders,
+)
 from websockets.extensions import ServerExtensionFactory
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.frames import Close, Frame, Opcode
@@ -53,6 +58,11 @@ _READ_BUFFER = memoryview(bytearray(READ_BYTES))
 PING = Frame(Opcode.PING, b"").serialize(mask=False)
 
 
+def prepare(listening: socket.socket) -> None:
+    """Set what the sockets accepted from it inherit: that costs none of them a system call."""
+    listening.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+
+
 def farewell(why: Disconnect, after: int | None = None) -> bytes:
     """Bye and close frame, the same for everyone who must go for this reason."""
     close = Frame(Opcode.CLOSE, Close(why.code, why.reason).serialize())
@@ -75,6 +85,13 @@ class Phase(Enum):
     CLOSING = auto()
     """Our close frame is out, or the peer's is in: nothing is delivered or accepted any more."""
     LOST = auto()
+
+
+class Accepted(NamedTuple):
+    """What answers a handshake's request: ``Sec-WebSocket-Accept``, ``-Extensions``."""
+
+    key: str
+    extensions: str | None
 
 
 class Owner(Protocol):
@@ -138,7 +155,6 @@ class Connection(asyncio.BufferedProtocol):
         "received_at",
         "revoked",
         "since",
-        "tls",
         "transport",
         "window_bits",
         "writing_paused",
@@ -156,7 +172,7 @@ class Connection(asyncio.BufferedProtocol):
             extensions=extensions,
             logger=_SILENT,  # type: ignore[arg-type]
         )
-        self._early: Sequence[object] = ()
+        self._early: Sequence[object] | None = None
         self._fragments: list[bytes] | None = None
         self._held = b""
         self._severed = False
@@ -167,7 +183,6 @@ class Connection(asyncio.BufferedProtocol):
         self.peer = ""
         self.address = ""
         self.since = 0
-        self.tls = False
         self.window_bits = 0
         self.memberships: dict[str, Member] = {}
         self.openings: set[str] | None = None
@@ -201,10 +216,6 @@ class Connection(asyncio.BufferedProtocol):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if peer else ""
-        self.tls = transport.get_extra_info("ssl_object") is not None
-        raw = transport.get_extra_info("socket")
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        raw.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
         self._owner.connected(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -287,41 +298,40 @@ class Connection(asyncio.BufferedProtocol):
             self._timer = None
 
     def hold(self) -> None:
-        """The request takes a moment to be answered: read nothing until then."""
+        """Read nothing until the answer: who asked may end its side before it."""
         if not self.transport.is_closing():
             self.transport.pause_reading()
 
-    def upgrade(self, request: Request) -> Response:
-        """What websockets makes of the request: a 101 to be sent, or why not."""
-        response = self._websocket.accept(request)
+    def accept(self, request: Request) -> Accepted | None:
+        """What the request gets (RFC 6455 section 4.2.2); None: it asks in vain."""
+        try:
+            key, extensions, _ = self._websocket.process_request(request)
+        except InvalidHandshake:
+            return None
         for extension in self._websocket.extensions:
             assert isinstance(extension, PerMessageDeflate)
             self.window_bits = extension.local_max_window_bits
-        return response
+        return Accepted(key, extensions)
 
-    def open(self, request: Request, response: Response) -> None:
-        """Send the 101: from here on there are messages."""
-        self.cancel_deadline()
+    def open(self, request: Request, data: bytes) -> None:
+        """Send the 101, and whole frames behind it: from here on there are messages."""
         # websockets' parser keeps the request: 2.5 KB a socket, and the token among it.
         request.headers.clear()
-        early = b"".join(self._websocket.data_to_send())
-        self._websocket.send_response(response)
+        self._websocket.state = WebSocketState.OPEN
         self.phase = Phase.OPEN
-        self._relay()
-        if early:
-            self.write(early)
+        self.write(data)
+        self._relay()  # pongs before their time
 
     def begin(self) -> None:
         """Receive: first what came along with the request, a message before its time."""
-        early, self._early = self._early, ()
-        for event in early:
+        early, self._early = self._early, None
+        for event in early or ():
             if self.phase is Phase.OPEN:
                 self._receive(cast(Frame, event))
         self._read_on()
 
     def respond(self, response: Response) -> None:
         """Send an answer that ends the connection."""
-        self._early = ()
         if not self.transport.is_closing():
             self.transport.resume_reading()  # its end must be noticed
         self._websocket.data_to_send()  # pongs before their time
@@ -332,6 +342,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._websocket.eof_sent and self._websocket.handshake_exc is None:
             # Frames came along with the request, and were none: another request, most likely.
             self._refuse_malformed(ValueError("frames before their time"))
+        elif self._early is not None:
+            # The request takes a moment to be answered: read nothing more until then.
+            self._early = [*self._early, *events]
+            self.transport.pause_reading()
         elif events and isinstance(events[0], Request):
             self._early = events[1:]
             self._owner.requested(self, events[0])

@@ -1,4 +1,4 @@
-"""HTTP answers: JSON bodies, nothing that tells what software sent them."""
+"""HTTP answers: the 101, else JSON bodies, nothing that tells what software sent them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from websockets.datastructures import Headers
 from websockets.http11 import Response
 
 from chatserver.core.errors import Refusal
+
+
+def switch(key: str, subprotocol: str | None, extensions: str | None) -> bytes:
+    """The 101 that ends a handshake (RFC 6455 section 4.2.2); the connection goes on after it."""
+    chosen = "" if subprotocol is None else f"Sec-WebSocket-Protocol: {subprotocol}\r\n"
+    agreed = "" if extensions is None else f"Sec-WebSocket-Extensions: {extensions}\r\n"
+    return (
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Accept: {key}\r\n{chosen}{agreed}\r\n"
+    ).encode()
 
 
 def answer(status: int, body: dict[str, object] | None, headers: dict[str, str]) -> Response:

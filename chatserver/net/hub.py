@@ -227,19 +227,24 @@ class Hub:
             address=connection.address,
         )
 
-    def add(self, connection: Connection, identity: Identity) -> None:
-        """From here on it is served. No await may stand between ``vouch`` and this."""
+    def add(self, connection: Connection, identity: Identity) -> bytes:
+        """From here on it is served. No await may stand between ``vouch`` and this.
+
+        Returns the frame to begin with.
+        """
         now = time.time()
         connection.chat = ChatProtocol(connection.id, identity, self._limits, now)
         connection.expires_at = identity.expires_at
         self._connections[connection.id] = connection
         self._by_session.add(identity.session, connection)
         self._by_user.add(identity.user, connection)
-        self._run(connection)
         # Spread over the interval, so that those who came together are not pinged together.
         loop_now = asyncio.get_running_loop().time()
         first_ping = loop_now + self._limits.ping_interval * random.random()
         self._schedule(connection, min(first_ping, self._wake_at(connection, loop_now)))
+        (welcome,) = connection.chat.effects()
+        assert isinstance(welcome, Transmit)
+        return welcome.payload
 
     def remove(self, connection: Connection, ending: str) -> None:
         """The connection is lost, or will be. ``ending`` is the close code to count it under."""

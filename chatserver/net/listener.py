@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import Enum, auto
 from functools import partial
+from typing import NamedTuple
 
 from websockets.extensions import ServerExtensionFactory
 from websockets.http11 import Request as HttpRequest
-from websockets.http11 import Response
 
 from chatserver import telemetry
 from chatserver.core import errors, handshake
@@ -37,7 +37,7 @@ from chatserver.core.handshake import (
 )
 from chatserver.metrics import ABNORMAL, ACCEPTED, measured
 from chatserver.net import http
-from chatserver.net.connection import Connection, Phase
+from chatserver.net.connection import Accepted, Connection, Phase, prepare, text_frame
 from chatserver.net.hub import Hub
 from chatserver.net.tokens import TokenCounter
 from chatserver.store.registry import Full
@@ -62,6 +62,16 @@ class Door(Enum):
     """The host goes: who comes is told to go elsewhere."""
     HANDED_OVER = auto()
     """Another process accepts; who was accepted here is let in, and sent on."""
+
+
+class Newcomer(NamedTuple):
+    """Who has asked to be let in, until the answer."""
+
+    connection: Connection
+    request: HttpRequest
+    attempt: Attempt
+    accepted: Accepted | None
+    """What accepts the request; without it somebody only asks why they could not connect."""
 
 
 class Listener:
@@ -91,7 +101,8 @@ class Listener:
         self._sockets = sockets
         self._server: asyncio.Server | None = None
         self._tls = False
-        self._pending: set[Connection] = set()
+        self._pending: dict[Connection, float] = {}
+        """Those whose handshake has not succeeded, and when their time is over."""
         self._registering = 0
         self._deposits: set[asyncio.Task[None]] = set()
         self._open = 0
@@ -113,6 +124,7 @@ class Listener:
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         loop = asyncio.get_running_loop()
         self._tls = tls is not None
+        prepare(sock)
         self._server = await loop.create_server(
             lambda: Connection(self, self._frame_bytes, self._extensions),
             sock=sock,
@@ -155,6 +167,12 @@ class Listener:
         except TimeoutError:
             log.info("left behind", connections=self._open)
 
+    def sweep(self) -> None:
+        """End the handshakes that take too long."""
+        now = time.monotonic()
+        for connection in [each for each, until in self._pending.items() if until <= now]:
+            connection.abort()
+
     def report(self) -> None:
         """One line for however many handshakes were refused."""
         if self.refused:
@@ -165,12 +183,11 @@ class Listener:
 
     def connected(self, connection: Connection) -> None:
         self._open += 1
-        self._pending.add(connection)
+        self._pending[connection] = time.monotonic() + self._deadline
         if self._open > self._sockets:
             # The store's connections need descriptors, too; a polite answer would hold this one.
             connection.abort()
             return
-        connection.set_deadline(self._deadline)
         if len(self._pending) > PENDING_HANDSHAKES:
             self._refuse(connection, errors.HANDSHAKES_IN_FLIGHT)
 
@@ -180,7 +197,7 @@ class Listener:
             request.path,
             list(request.headers.raw_items()),
             connection.peer,
-            connection.tls,
+            self._tls,
         )
         match handshake.judge(asked, self._policy):
             case Health(ready):
@@ -216,7 +233,7 @@ class Listener:
     def lost(self, connection: Connection) -> None:
         self._open -= 1
         self._emptied.set()
-        self._pending.discard(connection)
+        self._pending.pop(connection, None)
         self._hub.remove(connection, ABNORMAL)
 
     # Answers.
@@ -231,53 +248,49 @@ class Listener:
         connection.respond(http.health(healthy, {"status": status} | (reasons if ready else {})))
 
     def _attempt(self, connection: Connection, request: HttpRequest, attempt: Attempt) -> None:
-        origin = attempt.origin
         if wait := self._budgets.spend(attempt.address, time.monotonic()):
-            self._refuse(connection, errors.TOO_MANY_HANDSHAKES, origin, wait=wait)
+            self._refuse(connection, errors.TOO_MANY_HANDSHAKES, attempt.origin, wait=wait)
             return
-        response = connection.upgrade(request) if attempt.upgrade else None
-        if response is not None and response.status_code != 101:
-            self._refuse(connection, errors.BAD_REQUEST, origin)
-            return
+        accepted = connection.accept(request) if attempt.upgrade else None
+        if attempt.upgrade and accepted is None:
+            self._refuse(connection, errors.BAD_REQUEST, attempt.origin)
+        else:
+            self._verify(Newcomer(connection, request, attempt, accepted))
+
+    def _verify(self, newcomer: Newcomer) -> None:
+        connection, _, attempt, accepted = newcomer
         if self._door is Door.SHUT:
-            self._refuse(connection, errors.HOST_DRAINING, origin)
+            self._refuse(connection, errors.HOST_DRAINING, attempt.origin)
             return
         try:
             identity = self._hub.verify(attempt.token)
         except TokenRefused as refused:
-            self._refuse(connection, errors.TOKEN_REFUSALS[refused.code], origin, token=True)
+            refusal = errors.TOKEN_REFUSALS[refused.code]
+            self._refuse(connection, refusal, attempt.origin, token=True)
             return
         except StoreUnavailable:
-            self._refuse(connection, errors.UNAVAILABLE, origin)
+            self._refuse(connection, errors.UNAVAILABLE, attempt.origin)
             return
-        if response is None:
-            self._refuse(connection, errors.UPGRADE_REQUIRED, origin)
+        if accepted is None:
+            self._refuse(connection, errors.UPGRADE_REQUIRED, attempt.origin)
         elif len(self._hub) + self._registering >= self._most:
-            self._refuse(connection, errors.TOO_MANY_CONNECTIONS, origin)
+            self._refuse(connection, errors.TOO_MANY_CONNECTIONS, attempt.origin)
         else:
-            if attempt.subprotocol is not None:
-                response.headers["Sec-WebSocket-Protocol"] = attempt.subprotocol
-            connection.hold()
             self._registering += 1
-            registered = partial(self._registered, connection, request, response, origin, identity)
+            registered = partial(self._registered, newcomer, identity)
             self._hub.register(connection, identity, attempt.address, registered)
 
     def _registered(
-        self,
-        connection: Connection,
-        request: HttpRequest,
-        response: Response,
-        origin: str | None,
-        identity: Identity,
-        outcome: Full | StoreUnavailable | None,
+        self, newcomer: Newcomer, identity: Identity, outcome: Full | StoreUnavailable | None
     ) -> None:
         """The store has answered."""
-        admit = partial(self._admit, connection, request, response, origin, identity)
+        connection = newcomer.connection
         match outcome:
             case None:
-                admit()
+                self._admit(newcomer, identity)
                 return
             case Full(others):
+                admit = partial(self._admit, newcomer, identity)
                 if self._hub.make_room(connection, identity, others, admit):
                     return
                 refusal = errors.TOO_MANY_CONNECTIONS
@@ -285,17 +298,11 @@ class Listener:
                 refusal = errors.UNAVAILABLE
         self._registering -= 1
         if connection.phase is Phase.HANDSHAKE:
-            self._refuse(connection, refusal, origin)
+            self._refuse(connection, refusal, newcomer.attempt.origin)
 
-    def _admit(
-        self,
-        connection: Connection,
-        request: HttpRequest,
-        response: Response,
-        origin: str | None,
-        identity: Identity,
-    ) -> None:
+    def _admit(self, newcomer: Newcomer, identity: Identity) -> None:
         """It is registered; the world may be another since its token was verified."""
+        connection, request, attempt, accepted = newcomer
         self._registering -= 1
         if connection.phase is not Phase.HANDSHAKE:
             self._hub.unregister(connection, identity)
@@ -304,12 +311,15 @@ class Listener:
         refusal = errors.HOST_DRAINING if shut else self._objection(identity)
         if refusal is not None:
             self._hub.unregister(connection, identity)
-            self._refuse(connection, refusal, origin, token=refusal.status == 401)
+            self._refuse(connection, refusal, attempt.origin, token=refusal.status == 401)
             return
-        self._pending.discard(connection)
+        assert accepted is not None
+        del self._pending[connection]
         measured.handshakes.count(ACCEPTED)
-        connection.open(request, response)
-        self._hub.add(connection, identity)
+        welcome = self._hub.add(connection, identity)
+        # One write, for each costs more than all the rest of this.
+        switch = http.switch(accepted.key, attempt.subprotocol, accepted.extensions)
+        connection.open(request, switch + text_frame(welcome))
         connection.begin()
         if self._door is Door.HANDED_OVER:
             self._hub.disconnect(connection, errors.DRAINING)

@@ -67,9 +67,9 @@ def answer(connection: Connection, offer: str) -> str | None:
             "Sec-WebSocket-Extensions": offer,
         }
     )
-    response = connection.upgrade(Request("/v1/ws", headers))
-    assert response.status_code == 101
-    return response.headers.get("Sec-WebSocket-Extensions")
+    accepted = connection.accept(Request("/v1/ws", headers))
+    assert accepted is not None
+    return accepted.extensions
 
 
 @pytest.mark.parametrize("offer", OFFERS)

@@ -20,6 +20,7 @@ from chatserver.core.errors import Disconnect
 from chatserver.net import connection as product
 from chatserver.net.compression import SharedDeflate, compressed_frame, deflate
 from chatserver.net.connection import Connection, Phase, text_frame
+from chatserver.net.http import switch
 
 MESSAGE_BYTES = 2**24
 
@@ -56,7 +57,9 @@ class Echo:
     def connected(self, connection: Connection) -> None: ...
 
     def requested(self, connection: Connection, request: Request) -> None:
-        connection.open(request, connection.upgrade(request))
+        accepted = connection.accept(request)
+        assert accepted is not None
+        connection.open(request, switch(accepted.key, None, accepted.extensions))
         connection.begin()
 
     def received(self, connection: Connection, message: bytes) -> None:
