@@ -7,7 +7,7 @@ comes from, and only then the token.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import (
@@ -35,11 +35,12 @@ Network = IPv4Network | IPv6Network
 
 
 class Request(NamedTuple):
-    """A parsed request line and headers; ``target`` with its query, names in any case."""
+    """A parsed request line and headers; ``target`` with its query."""
 
     method: str
     target: str
-    headers: Sequence[tuple[str, str]]
+    headers: Mapping[str, Sequence[str]]
+    """Each one's values, by its name in lower case."""
     peer: str
     """Address of the socket's other end."""
     tls: bool
@@ -47,8 +48,8 @@ class Request(NamedTuple):
     def __repr__(self) -> str:
         return f"<Request {self.method} peer={self.peer!r}>"
 
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.headers if key.lower() == name]
+    def all(self, name: str) -> Sequence[str]:
+        return self.headers.get(name, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ def _deposit(
     return Deposit(route, tokens[0], client_address(request, policy), origin)
 
 
-def _bearers(authorizations: list[str]) -> list[str]:
+def _bearers(authorizations: Sequence[str]) -> list[str]:
     """The tokens in ``Authorization`` headers (RFC 6750 section 2.1)."""
     parts = [authorization.partition(" ") for authorization in authorizations]
     return [token.strip(" ") for scheme, _, token in parts if scheme.lower() == "bearer"]
@@ -211,6 +212,8 @@ def client_address(request: Request, policy: Policy) -> str:
     hops = [hop.strip() for value in request.all("x-forwarded-for") for hop in value.split(",")]
     while hops and _trusted(address, policy):
         address = hops.pop()
+    if address is request.peer and ":" not in address:
+        return address  # an IPv4 address, as the kernel writes it
     parsed = _parse_address(address)
     if parsed is None:
         return request.peer

@@ -39,6 +39,13 @@ STRICT = Policy(
 )
 
 
+def by_name(headers: Headers) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name, value in headers:
+        grouped.setdefault(name.lower(), []).append(value)
+    return grouped
+
+
 def ask(
     *headers: tuple[str, str],
     method: str = "GET",
@@ -49,7 +56,7 @@ def ask(
     policy: Policy = STRICT,
 ) -> Judgement:
     hosts = [HOST] if host is None else host
-    return judge(Request(method, target, [*hosts, *headers], peer, tls), policy)
+    return judge(Request(method, target, by_name([*hosts, *headers]), peer, tls), policy)
 
 
 def refused(judgement: Judgement) -> Refusal:
@@ -501,7 +508,7 @@ def test_what_an_untrusted_peer_says_about_tls_is_ignored(peer: str) -> None:
 
 
 def forwarded(peer: str, *lines: str, policy: Policy = STRICT) -> str:
-    headers = [("X-Forwarded-For", line) for line in lines]
+    headers = {"x-forwarded-for": lines}
     return client_address(Request("GET", "/v1/ws", headers, peer, True), policy)
 
 
@@ -577,7 +584,7 @@ TARGETS = st.one_of(
         Request,
         st.sampled_from(["GET", "OPTIONS", "POST"]),
         TARGETS,
-        st.lists(st.tuples(NAMES, VALUES), max_size=8),
+        st.lists(st.tuples(NAMES, VALUES), max_size=8).map(by_name),
         st.sampled_from([PEER, PROXY, "::1", ""]),
         st.booleans(),
     ),

@@ -20,7 +20,7 @@ SECRET = b"not for anybody to see, 0123456789abcdef"
     [
         Attempt(TOKEN, "203.0.113.7", None, True, None),
         Deposit(TokenRoute.REFRESH, TOKEN, "203.0.113.7", None),
-        Request("GET", f"/v1/ws?x={TOKEN}", [("Authorization", TOKEN)], "203.0.113.7", True),
+        Request("GET", f"/v1/ws?x={TOKEN}", {"authorization": [TOKEN]}, "203.0.113.7", True),
         Verify(1, TOKEN),
         Refresh(token=TOKEN),
         parse_command(b'{"type":"refresh","id":1,"token":"%b"}' % TOKEN.encode()),
