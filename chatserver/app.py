@@ -111,6 +111,7 @@ class Worker:
             frame_bytes=settings.frame_bytes,
             extensions=[SharedDeflate()] if settings.compression == "shared" else [],
             handshake_rate=settings.handshake_rate,
+            admission_rate=settings.admission_rate,
             handshake_seconds=settings.handshake_seconds,
             connections=settings.connections or clients,
             sockets=clients + min(DESCRIPTORS_KEPT // 2, clients // 4),

@@ -290,6 +290,12 @@ class Settings(BaseSettings):
         "that a client that comes back can rejoin them all",
     )
     handshake_rate: Rate = Field(200.0, description="handshakes per second and address")
+    admission_rate: Rate = Field(
+        2000.0,
+        description="handshakes per second and worker; when more come at once they wait their "
+        "turn, up to half of `CHATSERVER_HANDSHAKE_SECONDS`, and beyond that are told when to "
+        "come back",
+    )
     connections: Count | None = Field(
         None, description="connections per worker; by default the descriptor limit less 200"
     )

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import structlog
 from benchmark import (
+    admission,
     chart,
     compression,
     crowd,
@@ -47,6 +48,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "compression": compression,
     "crowd": crowd,
     "handshakes": handshakes,
+    "admission": admission,
     "memory": memory,
     "revoke": revoke,
     "sessions": sessions,

@@ -67,6 +67,43 @@ class Budgets:
         return budget.spend(now)
 
 
+LONGEST_WAIT = 60.0
+"""Who is refused is not sent away for longer, whoever else was."""
+
+
+class Admission:
+    """Turns for newcomers: ``rate`` per second, in the order in which they come.
+
+    A storm becomes a queue. Who would wait longer than ``patience`` is refused, and told when its
+    turn would have been behind everyone before it, those refused among them: so they come back
+    over the time that it takes to serve them. Times in seconds.
+    """
+
+    __slots__ = ("_burst", "_later", "_next", "_patience", "_step")
+
+    def __init__(self, rate: float, *, burst: float, patience: float) -> None:
+        """After a quiet time, the turns of ``burst`` seconds are there at once."""
+        self._step = 1.0 / rate
+        self._burst = burst
+        self._patience = patience
+        self._next = float("-inf")
+        self._later = float("-inf")
+
+    def turn(self, now: float) -> float | None:
+        """Take the next turn. Returns its moment, which may be past, or None: refused."""
+        moment = max(self._next, now - self._burst)
+        if moment - now > self._patience:
+            return None
+        self._next = moment + self._step
+        return moment
+
+    def come_back(self, now: float) -> float:
+        """In how many seconds one that was just refused should come again."""
+        wait = min(max(self._later, self._next) - now, LONGEST_WAIT)
+        self._later = now + wait + self._step
+        return wait
+
+
 class Verdict(Enum):
     BEAR = auto()
     DISCONNECT = auto()

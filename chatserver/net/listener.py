@@ -8,11 +8,12 @@ is made known to all workers; it is read on only afterwards.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 import ssl
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from enum import Enum, auto
 from functools import partial
@@ -25,7 +26,7 @@ from chatserver import telemetry
 from chatserver.core import errors, handshake
 from chatserver.core.claims import Identity
 from chatserver.core.errors import Disconnect, Refusal, StoreUnavailable, TokenRefused
-from chatserver.core.flow import Budgets
+from chatserver.core.flow import Admission, Budgets
 from chatserver.core.handshake import (
     Attempt,
     Deposit,
@@ -46,6 +47,8 @@ PENDING_HANDSHAKES = 2000
 """Accepted sockets that have not asked for anything yet."""
 BURST_SECONDS = 5.0
 """An address may use so many seconds of its rate at once: an office behind one address."""
+TURN_SECONDS = 0.005
+"""Those who wait are let in together so often: they share round trips to the store."""
 
 ACCEPTED_AT_ONCE = 8
 """Connections accepted in one iteration of the loop, so that they share a round trip to the store.
@@ -92,6 +95,7 @@ class Listener:
         frame_bytes: int,
         extensions: Sequence[ServerExtensionFactory],
         handshake_rate: float,
+        admission_rate: float,
         handshake_seconds: float,
         connections: int,
         sockets: int,
@@ -103,6 +107,13 @@ class Listener:
         self._extensions = extensions
         self._budgets = Budgets(handshake_rate, max(1.0, handshake_rate * BURST_SECONDS))
         self._deadline = handshake_seconds
+        self._admission = Admission(
+            admission_rate, burst=TURN_SECONDS, patience=handshake_seconds / 2
+        )
+        self._at_once = math.ceil(2 * admission_rate * TURN_SECONDS)
+        self._queue: deque[tuple[float, Newcomer]] = deque()
+        """Those whose turn comes later, and when."""
+        self._turns: asyncio.TimerHandle | None = None
         self._most = connections
         self._sockets = sockets
         self._servers: list[asyncio.Server] = []
@@ -196,7 +207,7 @@ class Listener:
             # The store's connections need descriptors, too; a polite answer would hold this one.
             connection.abort()
             return
-        if len(self._pending) > PENDING_HANDSHAKES:
+        if len(self._pending) - len(self._queue) - self._registering > PENDING_HANDSHAKES:
             self._refuse(connection, errors.HANDSHAKES_IN_FLIGHT)
 
     def requested(self, connection: Connection, request: HttpRequest) -> None:
@@ -263,7 +274,32 @@ class Listener:
         if attempt.upgrade and accepted is None:
             self._refuse(connection, errors.BAD_REQUEST, attempt.origin)
         else:
-            self._verify(Newcomer(connection, request, attempt, accepted))
+            self._queue_up(Newcomer(connection, request, attempt, accepted))
+
+    def _queue_up(self, newcomer: Newcomer) -> None:
+        now = time.monotonic()
+        moment = self._admission.turn(now)
+        if moment is None:
+            wait, origin = self._admission.come_back(now), newcomer.attempt.origin
+            self._refuse(
+                newcomer.connection, errors.HANDSHAKES_IN_FLIGHT, origin, wait=wait, spread=1.0
+            )
+            return
+        self._queue.append((moment, newcomer))
+        if self._turns is None:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Let in whose turn it is, but so many that the others on the loop do not notice."""
+        now = time.monotonic()
+        for _ in range(self._at_once):
+            if not self._queue or self._queue[0][0] > now:
+                break
+            _, newcomer = self._queue.popleft()
+            if newcomer.connection.phase is Phase.HANDSHAKE:
+                self._verify(newcomer)
+        loop = asyncio.get_running_loop()
+        self._turns = loop.call_later(TURN_SECONDS, self._take_turns) if self._queue else None
 
     def _verify(self, newcomer: Newcomer) -> None:
         connection, _, attempt, accepted = newcomer
@@ -374,6 +410,7 @@ class Listener:
         origin: str | None = None,
         *,
         wait: float = 1.0,
+        spread: float = 4.0,
         token: bool = False,
         allowed: str = "GET",
         path: str = "",
@@ -383,7 +420,7 @@ class Listener:
         retry_after = None
         if refusal.status in (429, 503):
             # Spread, so that those who were refused together do not come back together.
-            retry_after = max(1, round(wait + random.uniform(0.0, 4.0)))
+            retry_after = max(1, round(wait + random.uniform(0.0, spread)))
         connection.respond(
             http.refuse(
                 refusal,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import heapq
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from chatserver.core.flow import (
     FLOOD_PAUSE,
     FLOOD_REFUSALS,
     FLOOD_SECONDS,
+    LONGEST_WAIT,
+    Admission,
     Budget,
     Budgets,
     Limits,
@@ -117,6 +121,101 @@ def test_whoever_waits_as_long_as_told_is_served(
         if wait:
             now += wait + 0.001
             assert budget.spend(now) == 0.0
+
+
+# --- admission -----------------------------------------------------------------------------
+
+
+def test_after_a_quiet_time_a_newcomer_has_its_turn_at_once() -> None:
+    admission = Admission(10.0, burst=0.2, patience=1.0)
+
+    turns = [admission.turn(now) for now in (100.0, 105.0, 110.0)]
+
+    assert turns == pytest.approx([99.8, 104.8, 109.8])
+
+
+def test_those_who_come_together_have_their_turns_in_order_and_at_the_rate() -> None:
+    admission = Admission(10.0, burst=0.2, patience=1.0)
+
+    turns = [admission.turn(100.0) for _ in range(5)]
+
+    # The first two had come up while nobody was there.
+    assert turns == pytest.approx([99.8, 99.9, 100.0, 100.1, 100.2])
+
+
+def test_who_would_wait_too_long_is_refused_and_takes_no_turn() -> None:
+    admission = Admission(10.0, burst=0.0, patience=0.35)
+
+    turns = [admission.turn(100.0) for _ in range(6)]
+
+    assert turns == pytest.approx([100.0, 100.1, 100.2, 100.3, None, None])
+    assert admission.turn(100.1) == pytest.approx(100.4)
+    assert admission.turn(100.1) is None
+
+
+def test_those_refused_come_back_one_by_one_behind_those_who_wait() -> None:
+    admission = Admission(10.0, burst=0.0, patience=0.35)
+    for _ in range(4):
+        admission.turn(100.0)
+
+    waits = [admission.come_back(100.0) for _ in range(3)]
+
+    assert waits == pytest.approx([0.4, 0.5, 0.6])
+    assert admission.come_back(100.2) == pytest.approx(0.5)
+
+
+def test_nobody_is_sent_away_for_longer_than_a_minute() -> None:
+    admission = Admission(1.0, burst=0.0, patience=2.0)
+    for _ in range(4):
+        admission.turn(100.0)
+
+    waits = [admission.come_back(100.0) for _ in range(1000)]
+
+    assert waits[0] == 3.0
+    assert max(waits) == LONGEST_WAIT
+
+
+def test_a_storm_is_served_at_the_rate_and_each_is_refused_once_at_most() -> None:
+    """Ten thousand at once, a thousand a second: ten seconds."""
+    admission = Admission(1000.0, burst=0.005, patience=2.5)
+    coming = [(100.0, number) for number in range(10_000)]
+    turns: list[float] = []
+    refusals: dict[int, int] = {}
+
+    while coming:
+        now, number = heapq.heappop(coming)
+        turn = admission.turn(now)
+        if turn is None:
+            refusals[number] = refusals.get(number, 0) + 1
+            heapq.heappush(coming, (now + admission.come_back(now), number))
+        else:
+            turns.append(turn)
+
+    assert len(turns) == 10_000
+    assert max(turns) == pytest.approx(110.0, abs=0.1)
+    assert len(refusals) == pytest.approx(7500, abs=10)
+    assert set(refusals.values()) == {1}
+
+
+@given(
+    st.floats(0.1, 1e6),
+    st.floats(0.0, 10.0),
+    st.lists(st.floats(0.0, 5.0), min_size=1, max_size=50),
+)
+def test_turns_never_go_back_nor_beyond_the_patience(
+    rate: float, patience: float, gaps: list[float]
+) -> None:
+    admission = Admission(rate, burst=0.005, patience=patience)
+    now, last = 100.0, float("-inf")
+
+    for gap in gaps:
+        now += gap
+        turn = admission.turn(now)
+        if turn is None:
+            assert 0.0 <= admission.come_back(now) <= LONGEST_WAIT
+        else:
+            assert last <= turn <= now + patience
+            last = turn
 
 
 # --- patience ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 
 import pytest
 from websockets.frames import Opcode
@@ -489,6 +490,96 @@ async def test_a_flood_of_bad_handshakes_is_counted_not_told_one_by_one(
         await bystander.ping()
 
     assert len(worker.log().splitlines()) < 20
+
+
+async def test_a_storm_is_served_in_order_and_at_the_rate(
+    start_worker: StartWorker, issuer: Issuer, user: str
+) -> None:
+    """Five hundred at once, where 250 a second are let in and five seconds are not too long."""
+    worker = start_worker(admission_rate=250, handshake_seconds=10)
+    async with AsyncExitStack() as sockets:
+        began = time.monotonic()
+        raws = [await _asking(sockets, worker, issuer.token(user)) for _ in range(500)]
+
+        statuses = {(await raw.head()).status for raw in raws}
+        let_in = [(await raw.json())["ts"] for raw in raws]
+
+        assert statuses == {101}
+        assert time.monotonic() - began > 1.8
+        # Some are let in together, so order is one of groups.
+        groups = [let_in[start : start + 50] for start in range(0, 500, 50)]
+        pairs = zip(groups, groups[2:], strict=False)
+        assert all(max(earlier) <= min(later) for earlier, later in pairs)
+
+
+async def test_beyond_the_queue_newcomers_are_told_when_their_turn_would_be(
+    start_worker: StartWorker, issuer: Issuer, user: str
+) -> None:
+    """Ten a second, and a queue of a second: of sixty the last would wait for six."""
+    worker = start_worker(admission_rate=10, handshake_seconds=2)
+    token = issuer.token(user)
+    async with AsyncExitStack() as sockets:
+        bystander = await sockets.enter_async_context(await Client.connect(worker.url, token))
+        raws = [await _asking(sockets, worker, token) for _ in range(60)]
+
+        heads = [(raw, await raw.head()) for raw in raws]
+        refusals = [
+            Answer(head.raw + await raw.read_to_end()) for raw, head in heads if head.status != 101
+        ]
+
+        await bystander.ping()
+    assert 30 < len(refusals) < 60
+    for refusal in refusals:
+        assert_refused(refusal, 503, "overloaded")
+    waits = [int(refusal.header("retry-after") or 0) for refusal in refusals]
+    # Each second ten of them, give or take the second that each is spread over.
+    assert set(waits) <= {1, 2, 3, 4, 5, 6, 7}
+    assert max(waits) >= 4
+    assert max(map(waits.count, waits)) <= 20
+
+
+async def test_whoever_hangs_up_while_it_waits_is_forgotten(
+    start_worker: StartWorker, issuer: Issuer, user: str
+) -> None:
+    worker = start_worker(admission_rate=20, handshake_seconds=4, user_connections=2)
+    before = len(worker.descriptors())
+    async with AsyncExitStack() as sockets:
+        for _ in range(10):
+            await _asking(sockets, worker, issuer.token(user))
+
+    # Had one of them been let in after all, there would be no room for these two.
+    async with (
+        await Client.connect(worker.url, issuer.token(user)) as first,
+        await Client.connect(worker.url, issuer.token(user)) as second,
+    ):
+        await first.ping()
+        await second.ping()
+        assert len(worker.descriptors()) <= before + 2
+
+
+async def test_what_is_sent_while_waiting_is_answered_afterwards(
+    start_worker: StartWorker, issuer: Issuer, user: str
+) -> None:
+    """A client that does not wait for the 101 loses nothing, and is read no further meanwhile."""
+    worker = start_worker(admission_rate=2, handshake_seconds=4)
+    async with AsyncExitStack() as sockets:
+        await _asking(sockets, worker, issuer.token(user))
+        hasty = await _asking(sockets, worker, issuer.token(user))
+        for number in range(1, 6):
+            await asyncio.sleep(0)
+            hasty.write(masked(Opcode.TEXT, b'{"type":"ping","id":%d}' % number))
+
+        assert (await hasty.head()).status == 101
+        assert (await hasty.json())["type"] == "welcome"
+        assert [(await hasty.json())["id"] for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+async def _asking(sockets: AsyncExitStack, worker: Worker, token: str) -> Raw:
+    """A connection that has asked to be let in, and has no answer yet."""
+    raw = await sockets.enter_async_context(await Raw.connect(worker.url))
+    headers = upgrade_headers() | {"Authorization": f"Bearer {token}"}
+    raw.write(request(worker.url, headers=headers))
+    return raw
 
 
 # --- the store is away ---------------------------------------------------------------------
