@@ -315,8 +315,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def open(self, request: Request, data: bytes) -> None:
         """Send the 101, and whole frames behind it: from here on there are messages."""
-        # websockets' parser keeps the request: 2.5 KB a socket, and the token among it.
-        request.headers.clear()
+        # websockets' parser keeps the request: 2.9 KB a socket, and the token among it.
+        del request.method, request.path, request.protocol, request.headers
         self._websocket.state = WebSocketState.OPEN
         self.phase = Phase.OPEN
         self.write(data)
