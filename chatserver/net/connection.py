@@ -151,7 +151,7 @@ class Connection(asyncio.BufferedProtocol):
         "openings",
         "peer",
         "phase",
-        "pinged",
+        "pinged_at",
         "received_at",
         "revoked",
         "since",
@@ -189,7 +189,7 @@ class Connection(asyncio.BufferedProtocol):
         self.expires_at = 0.0
         self.received_at = 0.0
         self.due_at = 0.0
-        self.pinged = False
+        self.pinged_at = 0.0
         self.revoked = False
         self.writing_paused = False
         self.congested = False

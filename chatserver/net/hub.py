@@ -552,19 +552,19 @@ class Hub:
         if self._too_slow(connection):
             self.disconnect(connection, errors.SLOW_CONSUMER)
             return
-        silent = now - connection.received_at
-        if silent < self._limits.ping_interval:
-            connection.pinged = False
-            next_check = connection.received_at + self._limits.ping_interval
-        elif not connection.pinged:
-            connection.pinged = True
+        interval, pinged_at = self._limits.ping_interval, connection.pinged_at
+        if connection.received_at < pinged_at:
+            if now - pinged_at >= self._ping_timeout:
+                self.disconnect(connection, errors.NO_PONG)
+                return
+            next_check = pinged_at + self._ping_timeout
+        elif pinged_at and now - connection.received_at < interval:
+            next_check = connection.received_at + interval
+        else:
+            # The first one whatever was heard, so that the next ones are spread as it is.
+            connection.pinged_at = time.monotonic()
             connection.write(PING)
             next_check = now + self._ping_timeout
-        elif silent >= self._limits.ping_interval + self._ping_timeout:
-            self.disconnect(connection, errors.NO_PONG)
-            return
-        else:
-            next_check = now + 1.0
         self._schedule(connection, min(next_check, self._wake_at(connection, now)))
 
     def _too_slow(self, connection: Connection) -> bool:
