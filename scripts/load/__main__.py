@@ -15,7 +15,7 @@ from chatserver.settings import ConfigurationError
 from . import credentials, http, page, report
 from .coordinator import Coordinator, RunFailed
 from .credentials import Credentials, TokenError
-from .crowd import Address, resolve
+from .crowd import resolve
 from .options import Options, parse
 from .results import Results
 

@@ -33,8 +33,8 @@ _SENTENCES = {
     "repeated.",
     "error_control_401": "The control API does not know this CHATSERVER_CONTROL_KEY.",
     "error_control_no_answer": "The control API did not answer: --control says where it is.",
-    "closed_4401": "Tokens expired during the run: bring pairs (--tokens), or let this command make "
-    "them.",
+    "closed_4401": "Tokens expired during the run: bring pairs (--tokens), or let this command "
+    "make them.",
     "closed_4430": "Readers were closed for being slow (4430). If they are not meant to be, the "
     "load test cannot read as fast as the server writes; CHATSERVER_SLOW_SECONDS is how long a "
     "reader may stay behind.",
@@ -72,8 +72,8 @@ def notices(results: Results) -> list[str]:
 def _bottleneck(worst: Effort) -> str:
     found = (
         f"The load test itself was the bottleneck: process {worst.process + 1} took "
-        f"{worst.cpu:.0%} of a core in the {worst.phase}, and was up to {worst.lag_p99:.0f} ms late "
-        "(p99). So latencies are too high and rates too low by its own part. "
+        f"{worst.cpu:.0%} of a core in the {worst.phase}, and was up to {worst.lag_p99:.0f} ms "
+        "late (p99). So latencies are too high and rates too low by its own part. "
     )
     if worst.cpu > BUSY:
         return found + "Give it more --processes, on cores that the server does not use."

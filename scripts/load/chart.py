@@ -61,7 +61,11 @@ def over_time(lines: Sequence[Line], load: tuple[float, float] | None, unit: str
     """Any figure over the seconds of a run; ``load`` is the stretch to be shaded."""
     thin = [Line(line.name, _thinned(line.points)) for line in lines]
     noted = [
-        Line(line.name, line.points, [f"{line.name}: {y:,.4g}{unit} at {x:.0f} s" for x, y in line.points])
+        Line(
+            line.name,
+            line.points,
+            [f"{line.name}: {y:,.4g}{unit} at {x:.0f} s" for x, y in line.points],
+        )
         for line in thin
     ]
     last = max((x for line in thin for x, _ in line.points), default=1.0)
@@ -107,7 +111,9 @@ def _plot(
     for y, label in up.ticks:
         at = y_of(y)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+        )
     for x, label in across.ticks:
         parts.append(
             f'<text x="{x_of(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(label)}</text>'

@@ -78,7 +78,14 @@ class Connection(asyncio.Protocol):
     """``opened`` resolves with None after the handshake, or with the reason why not."""
 
     __slots__ = (
-        "_closed", "_fragments", "_owner", "_reader", "_rest", "_sans_io", "_transport", "opened"
+        "_closed",
+        "_fragments",
+        "_owner",
+        "_reader",
+        "_rest",
+        "_sans_io",
+        "_transport",
+        "opened",
     )
 
     def __init__(self, owner: Owner, uri: WebSocketURI, token: str, reader: Reader) -> None:
@@ -154,7 +161,9 @@ class Connection(asyncio.Protocol):
         return b""
 
     def _refused(self) -> None:
-        responses = [event for event in self._sans_io.events_received() if isinstance(event, Response)]
+        responses = [
+            event for event in self._sans_io.events_received() if isinstance(event, Response)
+        ]
         self.opened.set_result(refusal_of(responses[0]) if responses else Refusal("no_http"))
         self._closed = True
         self._transport.abort()

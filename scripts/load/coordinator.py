@@ -110,13 +110,12 @@ class Coordinator:
 
     async def _end(self) -> None:
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + (END_SECONDS if self._leaving else 0.0)
-        while any(p.is_alive() for p in self._processes) and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
         for process, pipe in zip(self._processes, self._pipes, strict=True):
-            loop.remove_reader(pipe.fileno())
+            if self._leaving:
+                await asyncio.to_thread(process.join, END_SECONDS)
             process.kill()
             process.join()
+            loop.remove_reader(pipe.fileno())
             pipe.close()
 
     # What is said.
@@ -139,7 +138,7 @@ class Coordinator:
             case Done(order, tops, send_rate):
                 self._done.add((number, order))
                 self.results.send_rate = max(self.results.send_rate, send_rate)
-                for place, top in tops.items():
+                for place, top in (tops or {}).items():
                     self._tops[place] = max(top, self._tops.get(place, 0))
                 self._news.set()
             case Failed(what):

@@ -201,6 +201,10 @@ class Crowd:
         if offset > self.tops.get(place, 0):
             self.tops[place] = offset
 
+    def busy(self) -> bool:
+        """Whether anything is under way that will end by itself."""
+        return bool(self._tasks) or any(member.busy for member in self.everyone)
+
     def unanswered(self) -> int:
         return sum(member.unanswered for member in self.everyone)
 
@@ -218,7 +222,8 @@ class Crowd:
         counts["overdue"] += self.overdue(tops)
         counts["unanswered"] += self.unanswered()
         counts["absent"] += sum(
-            member.connection is None and not member.revoked_at for member in self.everyone
+            member.begun and member.connection is None and not member.revoked_at
+            for member in self.everyone
         )
 
     def stop(self) -> None:

@@ -4,8 +4,8 @@ A value is counted under its first 11 binary digits, as HdrHistogram does for th
 what is read back is never too low and at most 1/1024 too high, from microseconds to hours, in a
 few thousand counters. Histograms add up, over processes as over seconds.
 
-The package ``hdrhistogram`` does the same. It has no wheel for Linux on ARM, where ``scripts/setup``
-would then need a compiler, and it brings setuptools along; this is shorter than the exceptions.
+The package ``hdrhistogram`` does the same. It has no wheel for Linux on ARM, where
+``scripts/setup`` would then need a compiler, and it brings setuptools along.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Mapping
 from http.client import HTTPException, HTTPResponse
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ async def post(
     base: str,
     path: str,
     bearer: str,
-    body: dict[str, object] | None = None,
+    body: Mapping[str, object] | None = None,
     *,
     source: str | None = None,
 ) -> Answer:

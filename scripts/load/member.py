@@ -63,17 +63,24 @@ class Member:
         """Until then."""
         self.session = ""
         self.token = ""
+        self.begun = False
+        """Whether its moment to connect has come."""
         self.gone = ""
         """Why it will never come back, if so."""
         self.delivery = Measure.DELIVERY
         self.on_ack: Callable[[int], object] | None = None
         self.revoked_at = 0
         self._due = 0
-        self._ids = count(1)
+        self._numbers = count(1)
         self._keys = count(1)
         self._commands: dict[int, Command] = {}
         self._queue: deque[Message] = deque()
+        self._in_flight = 0
+        """Messages among the commands."""
         self._held_back = False
+        """The server said to wait."""
+        self._careful = False
+        """It said so, and not everything has been sent since: one message at a time."""
         self._joining = 0
         self._behind: dict[bytes, int] = {}
         """Rooms in which it has not caught up since it came back, with the offset it needs."""
@@ -90,6 +97,7 @@ class Member:
 
     async def enter(self, due: int) -> None:
         """Connect, as often as it takes. The welcome is where it goes on."""
+        self.begun = True
         self._due = due
         crowd = self._crowd
         while not self.gone and not crowd.over:
@@ -166,6 +174,7 @@ class Member:
         unanswered = [c.message for c in self._commands.values() if c.message is not None]
         self._queue.extendleft(reversed(unanswered))
         self._commands.clear()
+        self._in_flight = 0
 
     async def _come_back(self) -> None:
         await asyncio.sleep(wait_before(self._attempt, self._bye_after))
@@ -206,9 +215,9 @@ class Member:
 
     def _ask(self, command: Command, **fields: object) -> None:
         if self.connection is not None:
-            id = next(self._ids)
-            self._commands[id] = command
-            self.connection.send({"id": id, **fields})
+            number = next(self._numbers)
+            self._commands[number] = command
+            self.connection.send({"id": number, **fields})
 
     def join(self, room: str, due: int) -> None:
         self._joining += 1
@@ -235,7 +244,10 @@ class Member:
 
     def _flush(self) -> None:
         while self._queue and self.connection is not None and not self._held_back:
+            if self._careful and self._in_flight:
+                return
             message = self._queue.popleft()
+            self._in_flight += 1
             self._ask(
                 Command(Measure.ACK, message.due, message.room, message),
                 type="send",
@@ -247,7 +259,15 @@ class Member:
     @property
     def unanswered(self) -> int:
         """Messages that are not acked."""
-        return len(self._queue) + sum(c.message is not None for c in self._commands.values())
+        return len(self._queue) + self._in_flight
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way that will end by itself."""
+        if self.gone or not self.begun:
+            return False
+        away = self.connection is None or bool(self._behind) or bool(self.revoked_at)
+        return away or bool(self._queue) or bool(self._commands)
 
     async def refresh(self, due: int) -> None:
         """Put a fresh token in the place of the connection's, on the open socket."""
@@ -277,14 +297,14 @@ class Member:
 
     def receive_text(self, payload: bytes, now: int) -> None:
         frame = orjson.loads(payload)
-        kind, id = frame["type"], frame.get("id")
+        kind, number = frame["type"], frame.get("id")
         counts = self._crowd.tally.counts
         if kind == "ack":
-            if command := self._commands.pop(id, None):
+            if command := self._commands.pop(number, None):
                 self._acked(command, frame, now)
         elif kind == "error":
             counts[f"error_{frame['code']}"] += 1
-            if command := self._commands.pop(id, None):
+            if command := self._commands.pop(number, None):
                 self._failed(command, frame)
         elif kind == "welcome":
             self._welcome(frame, now)
@@ -328,6 +348,9 @@ class Member:
             case Measure.ACK:
                 tally.counts["acks"] += 1
                 self._crowd.acked(frame["room"], frame["epoch"], frame["offset"])
+                self._in_flight -= 1
+                self._careful = self._careful and bool(self._queue)
+                self._flush()
                 if self.on_ack is not None:
                     self.on_ack(now)
             case Measure.JOIN:
@@ -368,16 +391,23 @@ class Member:
         again = frame["code"] in ("rate_limited", "unavailable")
         wait = frame["retry_after"] / 1000 if "retry_after" in frame else RETRY_SECONDS
         later = asyncio.get_running_loop().call_later
-        if command.message is not None and again:
-            self._queue.appendleft(command.message)
-            if not self._held_back:
-                self._held_back = True
-                later(wait, self._go_on)
+        if command.message is not None:
+            self._in_flight -= 1
+            if again:
+                self._queue.appendleft(command.message)
+                self._hold_back(wait)
         elif command.measure is Measure.JOIN:
             if again:
                 later(wait, self._join_again, command, self.connection)
             else:
                 self._joined_or_not(command.due)
+
+    def _hold_back(self, seconds: float) -> None:
+        # All at once again would be refused again, and each refusal costs of the same budget.
+        self._careful = True
+        if not self._held_back:
+            self._held_back = True
+            asyncio.get_running_loop().call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         self._held_back = False

@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/loadtest",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Put many clients on a chat server, and tell how long everything took, from the "
-        "moment it\nwas meant to begin, and whether anything was lost or doubled.",
+        description="Put many clients on a chat server, and tell how long everything took, from "
+        "the moment it\nwas meant to begin, and whether anything was lost or doubled.",
         epilog=EPILOG,
     )
     parser.add_argument(
@@ -150,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         "--control",
         default="http://127.0.0.1:8001",
         metavar="URL",
-        help="the control API, for revoke; its key is CHATSERVER_CONTROL_KEY (default: %(default)s)",
+        help="the control API, for revoke; its key is CHATSERVER_CONTROL_KEY (default: "
+        "%(default)s)",
     )
     much = parser.add_argument_group("how much")
     much.add_argument(
@@ -211,16 +212,16 @@ def _parser() -> argparse.ArgumentParser:
         "--share",
         type=_share,
         metavar="P",
-        help="of the clients that reconnect drops (default: 1), that revoke ends or that slow stops "
-        "(default: 0.1)",
+        help="of the clients that reconnect drops (default: 1), that revoke ends or that slow "
+        "stops (default: 0.1)",
     )
     much.add_argument(
         "--grace",
         type=_number(float),
         default=10.0,
         metavar="S",
-        help="seconds to wait for what is still on its way: clients that are not in after the ramp, "
-        "then acks and deliveries in the end (default: 10)",
+        help="seconds to wait for what is still on its way: clients that are not in after the "
+        "ramp, then acks and deliveries in the end (default: 10)",
     )
     outcome = parser.add_argument_group("outcome")
     outcome.add_argument(

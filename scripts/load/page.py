@@ -77,13 +77,17 @@ def _charts(results: Results) -> list[str]:
         for measure, name in LATENCIES.items()
         if (histogram := results.latencies.get(measure))
     ]
-    found = [
-        _figure(
-            "Latency by percentile",
-            [name for name, _, _ in curves],
-            chart.percentile_curve(curves),
-        )
-    ] if curves else []
+    found = (
+        [
+            _figure(
+                "Latency by percentile",
+                [name for name, _, _ in curves],
+                chart.percentile_curve(curves),
+            )
+        ]
+        if curves
+        else []
+    )
     if Measure.DELIVERY in results.latencies:
         found.append(_latency_over_time(results, Measure.DELIVERY, load))
     elif Measure.CONNECT in results.latencies:
@@ -98,7 +102,9 @@ def _charts(results: Results) -> list[str]:
             found.append(_over_time(title, lines, load))
     found.append(
         _over_time(
-            "Connections", [chart.Line("connected", [(s.at + 1, s.connected) for s in results.seconds])], load
+            "Connections",
+            [chart.Line("connected", [(s.at + 1, s.connected) for s in results.seconds])],
+            load,
         )
     )
     found.append(
@@ -118,12 +124,11 @@ def _load(results: Results) -> tuple[float, float] | None:
     return (during[0], during[-1] + 1) if during else None
 
 
-def _latency_over_time(
-    results: Results, measure: Measure, load: tuple[float, float] | None
-) -> str:
+def _latency_over_time(results: Results, measure: Measure, load: tuple[float, float] | None) -> str:
+    told = results.seconds
     lines = [
-        chart.Line(f"{name} of {measure}", [(s.at + 1, values(s).get(measure, math.nan)) for s in results.seconds])
-        for name, values in (("p50", lambda s: s.p50), ("p99", lambda s: s.p99))
+        chart.Line("p50", [(s.at + 1, s.p50.get(measure, math.nan)) for s in told]),
+        chart.Line("p99", [(s.at + 1, s.p99.get(measure, math.nan)) for s in told]),
     ]
     return _over_time(f"Latency of {measure} over time", lines, load, " ms")
 
@@ -168,17 +173,20 @@ p { color: var(--quiet); margin: .5rem 0; }
 ul { list-style: none; margin: 0; padding: 0; }
 .verdicts { margin: 1rem 0; } .verdicts span { color: var(--quiet); }
 .met b { color: var(--good); } .missed b { color: var(--bad); }
-.notice { background: var(--warn); color: var(--warn-text); border-radius: 6px; padding: .6rem .8rem; }
+.notice { background: var(--warn); color: var(--warn-text); border-radius: 6px;
+  padding: .6rem .8rem; }
 .charts { display: grid; gap: 1.5rem; margin-top: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; }
 figure ul { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: 13px; color: var(--quiet); }
-figure i { display: inline-block; width: 14px; height: 3px; margin-right: .4em; vertical-align: middle; }
+figure i { display: inline-block; width: 14px; height: 3px; margin-right: .4em;
+  vertical-align: middle; }
 svg { display: block; width: 100%; height: auto; font-size: 12px; }
 svg text { fill: var(--quiet); } .grid { stroke: var(--grid); } .band { fill: var(--band); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 circle { fill-opacity: 0; } circle:hover { fill-opacity: 1; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .9rem .25rem 0; white-space: pre; }
 th { color: var(--quiet); font-weight: 500; border-bottom: 1px solid var(--grid); }
 td { border-bottom: 1px solid var(--grid); } th:first-child, td:first-child { text-align: left; }

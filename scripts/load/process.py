@@ -27,7 +27,7 @@ from .tally import Measure, Sample, Tally
 BEAT = SECOND // 100
 """How often a process looks how late it is."""
 LOOK_SECONDS = 0.1
-LEAVE_SECONDS = 0.5
+LEAVE_SECONDS = 0.2
 """For close frames to go out; then the sockets are reset."""
 
 Tops = dict[tuple[str, str], int]
@@ -48,7 +48,7 @@ class Load(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Send nothing more. Done when everything sent is acked."""
+    """Begin nothing more. Done when what is under way has ended: sends, rejoins, revocations."""
 
     patience: float
 
@@ -71,7 +71,7 @@ class Done(NamedTuple):
     """An order has been carried out, or its patience is over; without one: the process is up."""
 
     order: type[Order] | None
-    tops: Tops = {}
+    tops: Tops | None = None
     send_rate: float = 0.0
     """What the server lets a connection send per second, once that is known."""
 
@@ -162,7 +162,7 @@ class _Process:
         self.say(Failed(f"{context['message']}\n{trace}"))
 
     async def obey(self, order: Order) -> None:
-        """Returns when the next order may come: before the end of a ramp, which can be cut short."""
+        """Returns when the next order may come: before a ramp is over, for it can be cut short."""
         crowd = self._crowd
         match order:
             case Ramp(at, patience):
@@ -178,7 +178,7 @@ class _Process:
             case Stop(patience):
                 self._begin("settle")
                 crowd.stop()
-                await _until(lambda: not crowd.unanswered(), patience)
+                await _until(lambda: not crowd.busy(), patience)
                 self.say(Done(Stop, crowd.tops, crowd.send_rate))
             case Settle(tops, patience):
                 await _until(lambda: not crowd.overdue(tops), patience)
@@ -219,11 +219,13 @@ class _Process:
             async with asyncio.timeout(ramp + patience):
                 await crowd.wait_settled()
         self.say(self._tally.sample())
-        self.say(Done(Ramp, {}, crowd.send_rate))
+        self.say(Done(Ramp, None, crowd.send_rate))
 
 
 async def _until(condition: Callable[[], bool], seconds: float) -> None:
     """Wait for it, but no longer than that."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not condition():
+        if time.monotonic() > deadline:
+            return
         await asyncio.sleep(LOOK_SECONDS)

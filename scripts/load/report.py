@@ -7,16 +7,19 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 from .advice import notices
 from .options import Options
-from .results import Results, Second
+from .results import Results, Second, Verdict
 from .tally import COUNTS, Measure, total
 
 PLAIN_SECONDS = 5.0
 """Between lines where there is no terminal to rewrite one on."""
+WIDTH = 100
+"""Of a notice's lines."""
 PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 LATENCIES = {
     Measure.CONNECT: "connect, until the welcome",
@@ -87,23 +90,21 @@ RATES = ("connects", "sends", "acks", "deliveries", "refreshes", "reconnects", "
 
 def text(results: Results) -> str:
     """The tables, for a terminal."""
-    options = results.options
-    parts = [
-        f"{options.scenario}: {describe(options)}",
-        _table(
-            ["ms", *(f"p{q:g}" for q in PERCENTILES), "max", "count"], latency_rows(results)
-        ),
-        _table(["", "in all", "per second"], count_rows(results)),
-        _table(
-            ["load test", "cpu, ramp", "cpu, load", "late p99, ramp", "late p99, load"],
-            effort_rows(results),
-        ),
-    ]
-    parts += [f"! {notice}" for notice in notices(results)]
-    for requirement, value, met in results.verdicts():
-        found = "nothing was measured" if value is None else f"{value:,.6g}"
-        parts.append(f"{'met' if met else 'NOT MET'}: {requirement} ({found})")
-    return "\n\n".join(parts[:4]) + "".join(f"\n{part}" for part in ["", *parts[4:]])
+    blocks = [f"{results.options.scenario}: {describe(results.options)}"]
+    if rows := latency_rows(results):
+        blocks.append(_table(["ms", *(f"p{q:g}" for q in PERCENTILES), "max", "count"], rows))
+    blocks.append(_table(["", "in all", "per second"], count_rows(results)))
+    head = ["load test", "cpu, ramp", "cpu, load", "late p99, ramp", "late p99, load"]
+    blocks.append(_table(head, effort_rows(results)))
+    blocks += [textwrap.fill(f"! {notice}", WIDTH) for notice in notices(results)]
+    blocks.append("\n".join(map(verdict_line, results.verdicts())))
+    return "\n\n".join(filter(None, blocks))
+
+
+def verdict_line(verdict: Verdict) -> str:
+    required, value, met = verdict
+    found = "nothing was measured" if value is None else f"{value:,.6g}"
+    return f"{'met' if met else 'NOT MET'}: {required} ({found})"
 
 
 def describe(options: Options) -> str:
@@ -135,9 +136,7 @@ def latency_rows(results: Results) -> list[list[str]]:
                 f"{value / 1000:,.2f}" if histogram.count * (100 - q) >= 100 or q <= 50 else "-"
                 for q, value in zip(PERCENTILES, histogram.percentiles(*PERCENTILES), strict=True)
             ]
-            rows.append(
-                [name, *values, f"{histogram.highest / 1000:,.2f}", f"{histogram.count:,}"]
-            )
+            rows.append([name, *values, f"{histogram.highest / 1000:,.2f}", f"{histogram.count:,}"])
     return rows
 
 
@@ -150,8 +149,7 @@ def count_rows(results: Results) -> list[list[str]]:
             rows += [
                 [f"  {part.removeprefix(name)[1:]}", f"{results.counts[part]:,}", ""]
                 for part in sorted(results.counts)
-                if part.startswith(f"{name}_") and results.counts[part]
-                and part not in COUNTS
+                if part.startswith(f"{name}_") and results.counts[part] and part not in COUNTS
             ]
     return rows
 
@@ -187,8 +185,21 @@ def as_json(results: Results) -> dict[str, object]:
         "scenario": options.scenario,
         "options": {
             name: getattr(options, name)
-            for name in ("url", "processes", "clients", "ramp", "duration", "rooms", "publishers",
-                         "rate", "window", "bytes", "share", "grace", "run")
+            for name in (
+                "url",
+                "processes",
+                "clients",
+                "ramp",
+                "duration",
+                "rooms",
+                "publishers",
+                "rate",
+                "window",
+                "bytes",
+                "share",
+                "grace",
+                "run",
+            )
         },
         "machine": {
             "cores": os.cpu_count(),

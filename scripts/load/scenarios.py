@@ -152,27 +152,24 @@ def revoke(crowd: Crowd, began: int) -> None:
 
 async def _revoke(crowd: Crowd, member: Member, due: int) -> None:
     """Through the control API; a handshake with the revoked token must then be refused."""
-    counts = crowd.tally.counts
     if member.connection is None:
         return
     member.revoked_at = due
+    why = {"session": member.session, "reason": "load test"}
+    key = os.environ["CHATSERVER_CONTROL_KEY"]
     try:
-        answer = await http.post(
-            crowd.options.control,
-            "/v1/revocations",
-            os.environ["CHATSERVER_CONTROL_KEY"],
-            {"session": member.session, "reason": "load test"},
-        )
+        answer = await http.post(crowd.options.control, "/v1/revocations", key, why)
+        failure = "" if answer.status == 200 else str(answer.status)
     except OSError:
-        counts["error_control_no_answer"] += 1
-        return
-    if answer.status != 200:
-        counts[f"error_control_{answer.status}"] += 1
+        failure = "no_answer"
+    if failure:
+        crowd.tally.counts[f"error_control_{failure}"] += 1
+        member.revoked_at = 0
         return
     crowd.tally.record(Measure.REVOKE_CALL, due, time.monotonic_ns())
-    counts["revoked"] += 1
+    crowd.tally.counts["revoked"] += 1
     if await crowd.lets_in(member):
-        counts["accepted_after_revocation"] += 1
+        crowd.tally.counts["accepted_after_revocation"] += 1
 
 
 def slow(crowd: Crowd, began: int) -> None:
@@ -192,9 +189,7 @@ def slow(crowd: Crowd, began: int) -> None:
     crowd.agenda.at(began + _length(crowd) * 3 // 4, go_on)
 
 
-def _spawn(
-    crowd: Crowd, work: Callable[[int], Coroutine[object, object, None]], due: int
-) -> None:
+def _spawn(crowd: Crowd, work: Callable[[int], Coroutine[object, object, None]], due: int) -> None:
     crowd.spawn(work(due))
 
 

@@ -53,8 +53,8 @@ class Server:
         self._rounds = 0
         """Rolling restarts that have ended, well or not."""
         self._deaths: dict[int, list[float]] = {}
-        self._control_key = Issuer().secret
-        issuer.issued.append(self._control_key)
+        self.control_key = Issuer().secret
+        issuer.issued.append(self.control_key)
         self._environment = {
             name: value for name, value in os.environ.items() if not name.startswith("CHATSERVER_")
         }
@@ -67,7 +67,7 @@ class Server:
                     "host": site.address,
                     "port": 0,
                     "workers": 2,
-                    "control_key": self._control_key,
+                    "control_key": self.control_key,
                     "control_host": site.address,
                     "control_port": 0,
                     "handshake_rate": 100_000,
@@ -178,7 +178,7 @@ class Server:
         """A request to the control API. Raises OSError, TimeoutError or ValueError."""
         data = json.dumps(body).encode()
         headers = {
-            "Authorization": f"Bearer {self._control_key}",
+            "Authorization": f"Bearer {self.control_key}",
             "Content-Type": "application/json",
             "Content-Length": str(len(data)),
             "Connection": "close",

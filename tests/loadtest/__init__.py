@@ -1,0 +1,1 @@
+"""The load test: what it measures, what it counts, and what it says about itself."""
