@@ -89,4 +89,4 @@ async def faulty(fault: Fault) -> AsyncIterator[str]:
 
 
 def _chat(socket: ServerConnection, offered: Any) -> Any:
-    return offered[0]
+    return offered[0] if offered else None
