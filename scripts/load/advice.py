@@ -77,7 +77,10 @@ def _bottleneck(worst: Effort) -> str:
     )
     if worst.cpu > BUSY:
         return found + "Give it more --processes, on cores that the server does not use."
-    return found + "Others had the processor: let it run on cores of its own, or another machine."
+    return found + (
+        "Others had the processor, or much came at once: give it cores of its own, or another "
+        "machine."
+    )
 
 
 def _send_rate(results: Results) -> str:

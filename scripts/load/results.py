@@ -178,17 +178,19 @@ def _second(at: int, samples: list[Sample]) -> Second:
     connected: dict[int, int] = {}
     spent: Counter[int] = Counter()
     cpu: defaultdict[int, float] = defaultdict(float)
+    phases: defaultdict[str, float] = defaultdict(float)
     for sample in samples:
         counts.update(sample.counts)
         connected[sample.process] = sample.connected
         spent[sample.process] += int(sample.seconds * SECOND)
         cpu[sample.process] += sample.cpu
+        phases[sample.phase] += sample.seconds
         for measure, histogram in sample.latencies.items():
             latencies[measure].add(histogram)
     seconds = max(max(spent.values()) / SECOND, 1e-3)
     return Second(
         at,
-        samples[-1].phase,
+        max(phases, key=lambda phase: phases[phase]),
         sum(connected.values()),
         {name: total(counts, name) / seconds for name in COUNTS if total(counts, name)},
         {measure: h.percentiles(50)[0] / 1000 for measure, h in latencies.items()},

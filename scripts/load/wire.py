@@ -1,9 +1,10 @@
 """What travels: frames of the server read as fast as they come, bodies with the time in them.
 
-websockets' parser takes 4.0 µs for a frame of 220 bytes, and JSON would take as long again: the
-load test would be slower than the server. ``Reader`` takes 0.9 µs for an event of ours, and next
-to nothing where another connection of the process has just read the same bytes, as members of one
-room do. Whatever is not a whole text frame (pings, closes, fragments) it leaves to websockets.
+For an event of 270 bytes websockets' parser and orjson take 2.2 µs together, ``read`` takes 1.3.
+What counts is ``Reader``: where another connection of the process has just read the same bytes, as
+members of one room do, comparing them takes 0.2 µs, for however many events. One process took
+930,000 deliveries a second in half a core, for which the parser would have needed two. Whatever is
+not a whole text frame (pings, closes, fragments) is left to websockets.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ TEXT = 0x81
 """First byte of a text frame that is whole."""
 
 # The server puts its fields in this order, and a body of ours begins with the intended time.
-_TEXT_VALUE = rb'"(?:[^"\\]|\\.)*"'
+_TEXT_VALUE = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _EVENT = re.compile(
     rb'\{"type":"message","room":"([^"]+)","offset":(\d+),"ts":\d+,"user":%b,(?:"key":%b,)?'
     rb'"body":\{"t":(\d+)' % (_TEXT_VALUE, _TEXT_VALUE)
