@@ -54,7 +54,7 @@ async def _main(options: Options) -> int:
         report.write_json(results, options.json)
     if options.html:
         options.html.write_text(page.html(results))
-    if not results.counts["connects"]:
+    if not results.counts["connects"] and not results.ended_early:
         return _complain(EXIT_NOBODY, f"Nobody got in at {options.url}.")
     return 0 if all(verdict.met for verdict in results.verdicts()) else EXIT_NOT_MET
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .results import BUSY, Effort, Results
 from .tally import total
 
-_SENTENCES = {
+SENTENCES = {
+    # By the count that is above nought.
     "refused_429_rate_limited": "The server lets each address make only so many handshakes a "
     "second: raise CHATSERVER_HANDSHAKE_RATE on the test server, or lower --ramp.",
     "refused_429_too_many_connections": "A user may have only so many connections: raise "
@@ -63,7 +64,7 @@ def notices(results: Results) -> list[str]:
         found.append("It was ended early.")
     if total(counts, "error_rate_limited"):
         found.append(_send_rate(results))
-    found += [sentence for name, sentence in _SENTENCES.items() if total(counts, name)]
+    found += [sentence for name, sentence in SENTENCES.items() if total(counts, name)]
     if options.sockets > counts["connects"] > 0 and not results.ended_early:
         found.append(f"Only {counts['connects']:,} of {options.sockets:,} clients got in.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
@@ -79,6 +80,8 @@ class Coordinator:
         # A fork would take over this process's loop and its signals.
         context = multiprocessing.get_context("spawn")
         loop = asyncio.get_running_loop()
+        # Ctrl-C is ours: who is started now goes on ignoring it.
+        ours_again = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number in range(self._options.processes):
             ours, theirs = context.Pipe()
             place = Place(self._options, number, self._credentials, self._address)
@@ -88,6 +91,7 @@ class Coordinator:
             self._processes.append(process)
             self._pipes.append(ours)
             loop.add_reader(ours.fileno(), self._hear, number, ours)
+        signal.signal(signal.SIGINT, ours_again)
 
     async def _ramp(self, patience: float) -> bool:
         """Whether anybody got in."""

@@ -15,6 +15,7 @@ import orjson
 
 from chatserver.client.backoff import wait_before
 
+from .agenda import SECOND
 from .connection import Connection
 from .credentials import TokenError
 from .positions import Position
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 FINAL = 4500
 """Close codes from here on are final."""
 REVOKED = 4503
+LASTING = 10 * SECOND
+"""A connection that has held so long starts the waits between tries from the beginning."""
 RETRY_SECONDS = 0.25
 """Before a command is repeated that was answered ``unavailable``."""
 
@@ -84,6 +87,7 @@ class Member:
         self._joining = 0
         self._behind: dict[bytes, int] = {}
         """Rooms in which it has not caught up since it came back, with the offset it needs."""
+        self._welcomed_at = 0
         self._dropped_at = 0
         self._bye_after: int | None = None
         self._attempt = 0
@@ -122,7 +126,7 @@ class Member:
     async def _next_token(self) -> str:
         """Its own at first; when it comes back a fresh one, if there can be any."""
         credentials = self._crowd.credentials
-        if not self.token or not credentials.renewable:
+        if not self.session or not credentials.renewable:
             return await credentials.token(self.index)
         while True:
             try:
@@ -167,6 +171,8 @@ class Member:
         if self.connection is not None:
             self._crowd.tally.connected -= 1
             self._dropped_at = self._dropped_at or now
+            if now - self._welcomed_at > LASTING:
+                self._attempt = 0
         self.connection = self.opening = None
         self._joining = 0
         self._behind.clear()
@@ -189,7 +195,7 @@ class Member:
         self._crowd.send_rate = frame["limits"]["send_rate"]
         tally.connected += 1
         tally.counts["connects"] += 1
-        self._attempt = 0
+        self._welcomed_at = now
         if self._dropped_at:
             tally.counts["reconnects"] += 1
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import signal
 import time
 import traceback
 from collections.abc import Callable, Coroutine
@@ -96,7 +95,6 @@ class Place(NamedTuple):
 
 def main(pipe: Pipe, place: Place) -> None:
     """The whole process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's.
     # A full collection over tens of thousands of clients takes longer than what is measured.
     gc.set_threshold(50_000, 50, 100)
     with suppress(BrokenPipeError):  # The coordinator may be gone.

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from load.advice import _SENTENCES
+from load.advice import SENTENCES
+from tests.conftest import StartWorker
 from tests.faults.server import Server
 from tests.loadtest.faulty import Fault, Swap, double_the_third, faulty, keep, skip_the_third
 from tests.support.tokens import Issuer
@@ -191,20 +192,35 @@ def test_who_is_not_let_in_ends_with_69_and_says_what_to_do(server: Server, tmp_
 
     assert outcome.code == 69
     assert outcome.found["counts"]["refused_401_token_invalid"] == 27
-    assert _SENTENCES["refused_401"] in " ".join(outcome.out.split())
+    assert SENTENCES["refused_401"] in " ".join(outcome.out.split())
     assert outcome.err == f"loadtest: Nobody got in at {server.url}.\n"
 
 
 def test_a_rate_above_the_servers_is_named_and_costs_no_message(
     server: Server, tmp_path: Path
 ) -> None:
-    words = ["fanout", *FEW, *place(server), "--publishers", "1", "--rate", "300"]
+    words = ["fanout", *FEW, *place(server), "--publishers", "1", "--rate", "150"]
     outcome = Command(tmp_path, *words, **environment(server)).outcome()
     counts = outcome.found["counts"]
 
     assert counts["error_rate_limited"] > 0
     assert counts["acks"] == counts["sends"]
     assert "lets a connection send 100 messages a second" in " ".join(outcome.out.split())
+
+
+def test_a_handshake_limit_is_waited_out_and_named(
+    start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = start_worker(handshake_rate=4)
+    words = ["connect", "--url", worker.url, "--clients", "200", "--ramp", "400"]
+    words += ["--duration", "0.1"]
+    outcome = Command(tmp_path, *words, CHATSERVER_SECRET=worker.issuer.secret).outcome()
+    counts = outcome.found["counts"]
+
+    assert (outcome.code, counts["connects"]) == (0, 200), outcome.out
+    # Whoever waits as long as it was told is refused once, or a few times with the others.
+    assert 0 < counts["refused_429_rate_limited"] < 200
+    assert "raise CHATSERVER_HANDSHAKE_RATE" in " ".join(outcome.out.split())
 
 
 def test_pairs_are_traded_for_the_next(server: Server, tmp_path: Path) -> None:
