@@ -100,8 +100,8 @@ class BoundedInflate(PerMessageDeflate):
         decoded = super().decode(frame, max_size=max_size)
         size = len(decoded.data)
         if max_size is not None and size > max_size:
-            # A limit of 0, what is left to a full message, is none to zlib: it gives out what it
-            # has held back, up to a few kilobytes.
+            # A limit of 0, what is left to a full message, is none to zlib: it gives out all that
+            # it has held back.
             raise PayloadTooBig(size, max_size)
         if decoded is not frame and not frame.fin and len(self.decoder.unused_data) > 1:
             # zlib keeps all that follows a final block, and copies it with every fragment: 256 MiB

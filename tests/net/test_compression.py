@@ -178,7 +178,7 @@ def test_a_message_is_inflated_up_to_the_limit(inflate: BoundedInflate) -> None:
 def test_a_message_filled_to_the_limit_goes_on_by_nothing_that_was_held_back(
     inflate: BoundedInflate,
 ) -> None:
-    """All of the input is read when the limit is reached, and 3,000 bytes are yet to come."""
+    """All of the input is read when the limit is reached, and there is more to come of it."""
     compressed = deflated(bytes(LIMIT + 3000))
     full = next(
         size
