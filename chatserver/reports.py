@@ -14,18 +14,19 @@ process had counted since its last report.
 A supervisor lives through releases that its workers do not. So what it adds up is numbers of
 whatever name, and what it cannot read it passes over.
 
-The directory goes with the host. One that is killed leaves a few kilobytes behind, which nobody
-reads again.
+The directory goes with the host. One that is killed leaves it behind: nobody reads it again, and
+the next host of the same user that starts an hour later takes it away.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ from chatserver.metrics import Metrics
 
 MEMORY = Path("/dev/shm")
 """Files in memory, where there is such a place: a busy disk must not stop a worker's event loop."""
+DIRECTORY = "chatserver-metrics-"
+"""How the name of such a directory begins."""
+LEFT_SECONDS = 3600.0
+"""In a directory that is in use, something is written every second."""
 ENDED = "ended"
 REMEMBERED = 1000
 """Files of which it is known that they are in the sums: far more than end during one reading."""
@@ -102,10 +107,11 @@ def kept() -> Iterator[Reports | None]:
 
     None where no directory can be made: a server without metrics is better than none.
     """
+    _remove_left()
     for parent in (MEMORY, None):
         try:
             directory = tempfile.TemporaryDirectory(
-                prefix="chatserver-", dir=parent, ignore_cleanup_errors=True
+                prefix=DIRECTORY, dir=parent, ignore_cleanup_errors=True
             )
         except OSError as error:
             reason = error.strerror
@@ -115,6 +121,16 @@ def kept() -> Iterator[Reports | None]:
         return
     log.error("no metrics: there is no directory for them", reason=reason)
     yield None
+
+
+def _remove_left() -> None:
+    """What hosts that were killed have left in memory, where nobody else ever clears up."""
+    for directory in MEMORY.glob(DIRECTORY + "*"):
+        with suppress(FileNotFoundError):
+            status = directory.lstat()
+            mine = status.st_uid == os.geteuid()
+            if mine and time.time() - status.st_mtime > LEFT_SECONDS:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,25 @@ def test_the_directory_is_private_and_goes_with_the_host() -> None:
         assert directory.stat().st_mode & 0o077 == 0
 
     assert not directory.exists()
+
+
+def test_what_a_killed_host_left_is_removed_and_what_is_in_use_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reports, "MEMORY", tmp_path)
+    long_ago = time.time() - 2 * reports.LEFT_SECONDS
+    for name in ("chatserver-metrics-left", "chatserver-metrics-used", "another"):
+        (tmp_path / name).mkdir()
+        Report(tmp_path / name / "0-1").write(counted(1))
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    (tmp_path / "chatserver-metrics-link").symlink_to(tmp_path / "another")
+    Report(tmp_path / "chatserver-metrics-used" / "0-1").write(counted(2))
+    with reports.kept():
+        pass
+
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == ["another", "chatserver-metrics-link", "chatserver-metrics-used"]
+    assert (tmp_path / "another" / "0-1").exists()
 
 
 def test_a_host_without_a_place_for_files_serves_on(
