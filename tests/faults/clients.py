@@ -224,8 +224,15 @@ class Client:
             for place in self.places.values()
         )
 
+    @property
+    def rooms(self) -> Sequence[str]:
+        return list(self.places)
+
     def may(self, room: str, right: str) -> bool:
         return right in rights_in(self.rights, room)
+
+    def reached(self, room: str) -> int:
+        return self.places[room].last or 0
 
     # Logging in.
 
@@ -447,6 +454,13 @@ class Client:
         self._command(type, answered, **fields)
         async with asyncio.timeout(PING_SECONDS):
             return await answer
+
+    async def end_of(self, room: str) -> Position | None:
+        with contextlib.suppress(TimeoutError):
+            told = await self.ask("history", room=room, limit=1)
+            if told["type"] == "ack":
+                return Position(told["epoch"], told["offset"])
+        return None
 
     def _later(self, act: Callable[[], None], seconds: float = AGAIN_SECONDS) -> None:
         """If this connection is still there by then."""

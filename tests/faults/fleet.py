@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from tests.faults.clients import POLL_SECONDS, Client, World, now
 from tests.faults.history import Final, History
+from tests.faults.member import Member
 from tests.support.tokens import Issuer
 from tests.support.worker import end
 
 
 class Fleet(World):
-    """All clients of a run, and who sends what to which room."""
+    """All clients of a run, of one kind, and who sends what to which room."""
 
     def __init__(
-        self, history: History, issuer: Issuer, urls: Sequence[str], seed: int = 0
+        self,
+        history: History,
+        issuer: Issuer,
+        urls: Sequence[str],
+        seed: int = 0,
+        kind: Callable[..., Member] = Client,
     ) -> None:
         super().__init__(history, issuer, urls, seed)
-        self.clients: dict[str, Client] = {}
+        self.clients: dict[str, Member] = {}
+        self._kind = kind
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def enlist(self, name: str, rooms: Sequence[str], rights: dict[str, str], **o: Any) -> Client:
+    def enlist(self, name: str, rooms: Sequence[str], rights: dict[str, str], **o: Any) -> Member:
         """One more client, which begins at once."""
-        client = self.clients[name] = Client(self, name, rooms, rights, **o)
+        client = self.clients[name] = self._kind(self, name, rooms, rights, **o)
         self._start(client.run())
         return client
 
@@ -60,7 +67,7 @@ class Fleet(World):
         while True:
             await asyncio.sleep(rng.expovariate(rate))
             client = rng.choice(clients)
-            rooms = list(client.places)
+            rooms = client.rooms
             several = rng.randint(2, 4) if rng.random() < 0.05 else 1
             client.publish(
                 rng.sample(rooms, min(several, len(rooms))),
@@ -91,7 +98,7 @@ class Fleet(World):
         rooms = {
             room
             for client in self.clients.values()
-            for room in client.places
+            for room in client.rooms
             if client.may(room, "r")
         }
         found: dict[str, Final] = {}
@@ -109,11 +116,10 @@ class Fleet(World):
         able = [c for c in self.clients.values() if c.connected and c.may(room, "r")]
         if not able:
             return None
-        with contextlib.suppress(TimeoutError):
-            told = await self.random.choice(able).ask("history", room=room, limit=1)
-            if told["type"] == "ack":
-                return Final(at=now(), room=room, epoch=told["epoch"], offset=told["offset"])
-        return None
+        end = await self.random.choice(able).end_of(room)
+        if end is None:
+            return None
+        return Final(at=now(), room=room, epoch=end.epoch, offset=end.offset)
 
     def behind(self, finals: dict[str, Final]) -> list[str]:
         """Who has not got everything, or is not there."""
@@ -122,8 +128,8 @@ class Fleet(World):
             for client in self.clients.values()
             if not client.joined
             or any(
-                client.may(place.room, "r") and (place.last or 0) < finals[place.room].offset
-                for place in client.places.values()
+                client.may(room, "r") and client.reached(room) < finals[room].offset
+                for room in client.rooms
             )
         ]
 

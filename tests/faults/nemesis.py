@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from tests.faults.clients import Client, now
+from tests.faults.clients import now
 from tests.faults.fleet import Fleet
 from tests.faults.history import Fault, History, Revoked
+from tests.faults.member import Member
 from tests.faults.server import Server, tell
 from tests.faults.story import LOSSY
 from tests.support.proxy import Link, Proxy, Weather
@@ -230,7 +231,7 @@ class Nemesis:
 
     # Clients.
 
-    def _some(self, rng: random.Random, share: float = 0.4) -> tuple[list[Client], list[Link]]:
+    def _some(self, rng: random.Random, share: float = 0.4) -> tuple[list[Member], list[Link]]:
         """Clients that are connected, and their links."""
         links = {link.port: link for link in self.theatre.client_link.links}
         clients = [c for c in self.theatre.fleet.clients.values() if c.port in links]
@@ -268,7 +269,7 @@ class Nemesis:
     async def _weather(
         self,
         name: str,
-        clients: list[Client],
+        clients: list[Member],
         links: list[Link],
         weather: Weather,
         seconds: float,

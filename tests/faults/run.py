@@ -1,5 +1,10 @@
 """One run: a store, the server, a fleet and a nemesis; then everything is healed, waited for, and
-checked."""
+checked.
+
+The fleet's clients are of one of these ``KINDS``. Each is a class, or whatever makes one, that
+keeps to `member.Member`: it takes its orders from the fleet, and writes what it sees into
+``world.history``. Those of a client that people use write down what an application sees of it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,10 @@ from typing import NamedTuple
 import redis
 
 from tests.faults.checker import LIVENESS_SECONDS, Invariant, Report, Violation, check
-from tests.faults.clients import GIVE_UP_SECONDS, now
+from tests.faults.clients import GIVE_UP_SECONDS, Client, now
 from tests.faults.fleet import Fleet
 from tests.faults.history import History, Logged, Mark
+from tests.faults.member import Member
 from tests.faults.nemesis import (
     EVERY_SECONDS,
     QUIET_SECONDS,
@@ -39,6 +45,10 @@ MEMORY_BYTES = 128 * 2**20
 DESCRIPTORS_MORE = 8
 """What it may have open more, when all clients are gone: a request of the moment."""
 DIRTY_CLIENTS = 4
+
+KINDS: dict[str, Callable[..., Member]] = {
+    "own": Client,  # Shares no code with any client that people use.
+}
 
 Say = Callable[[str], None]
 
@@ -77,7 +87,11 @@ class Verdict(NamedTuple):
 
 @asynccontextmanager
 async def theatre(
-    settings: Mapping[str, object], *, seed: int = 0, history: History | None = None
+    settings: Mapping[str, object],
+    *,
+    seed: int = 0,
+    history: History | None = None,
+    clients: str = "own",
 ) -> AsyncIterator[Theatre]:
     """A store, two proxies and the server; nobody is there yet. Everything ends with it."""
     directory = Path(tempfile.mkdtemp(prefix="cf"))
@@ -100,7 +114,8 @@ async def theatre(
         for proxy in (client_link, dirty_link):
             await proxy.start()
             stack.push_async_callback(proxy.close)
-        fleet = Fleet(history, issuer, [f"ws://127.0.0.1:{client_link.port}/v1/ws"], seed)
+        url = f"ws://127.0.0.1:{client_link.port}/v1/ws"
+        fleet = Fleet(history, issuer, [url], seed, KINDS[clients])
         stack.push_async_callback(fleet.stop)
         yield Theatre(server, valkey, store_link, client_link, dirty_link, fleet, history)
 
@@ -117,6 +132,7 @@ class Run:
         faults: Sequence[str] = USUAL,
         every: float = EVERY_SECONDS,
         lead: float = QUIET_SECONDS,
+        clients: str = "own",
         history: Path | None = None,
         say: Say = lambda text: None,
     ) -> None:
@@ -125,12 +141,14 @@ class Run:
         self.shape = shape or Shape()
         self.plan = plan(seed, seconds, faults, every, lead)
         self.history = History(history)
+        self._clients = clients
         self._say = say
         self._violations: list[Violation] = []
 
     async def run(self) -> Verdict:
         """The whole of it takes the seconds given, and half a minute more at most."""
-        async with theatre({}, seed=self.seed, history=self.history) as stage:
+        history, clients = self.history, self._clients
+        async with theatre({}, seed=self.seed, history=history, clients=clients) as stage:
             nemesis = Nemesis(stage)
             baseline = (stage.server.memory(), stage.server.descriptors())
             dirty = dirty_fleet(stage, "dirty-room")
@@ -237,7 +255,7 @@ async def heal(
 
 def read_logs(valkey: Valkey, fleet: Fleet) -> None:
     """Every room's log, as the store has it."""
-    rooms = sorted({room for client in fleet.clients.values() for room in client.places})
+    rooms = sorted({room for client in fleet.clients.values() for room in client.rooms})
     at = now()
     with redis.Redis(unix_socket_path=str(valkey.socket)) as store:
         for room in rooms:

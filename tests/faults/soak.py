@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.faults.checker import Report, check
 from tests.faults.history import History
 from tests.faults.nemesis import EVERY_SECONDS, FAULTS, QUIET_SECONDS, USUAL
-from tests.faults.run import Run, Shape, Verdict
+from tests.faults.run import KINDS, Run, Shape, Verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults=options.faults,
         every=options.every,
         lead=options.lead,
+        clients=options.clients,
         history=history,
         say=_say,
     )
@@ -114,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="the first fault comes after so many seconds: longer, to compare what deliveries take "
         f"before and between faults (default: {QUIET_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--clients",
+        choices=KINDS,
+        default="own",
+        help="whose reading of the protocol the members are (default: own, this harness's)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     parser.add_argument(

@@ -107,6 +107,7 @@ async def test_a_frozen_store_is_unavailable_within_a_second_and_nobody_reconnec
     async with _own(stage) as asking:
         [room, _] = await gather(asking, 1)
         [client] = asking.fleet.clients.values()
+        assert isinstance(client, Client)
         freezing = asyncio.create_task(Nemesis(stage).freeze_store(3.0, DICE))
         answers = []
         while not freezing.done():
@@ -336,11 +337,7 @@ async def test_workers_that_are_killed_amid_publishes_lose_nothing(house: Theatr
 
 def _busy(stage: Theatre) -> int:
     """Clients that wait for an ack."""
-
-    def waits(client: Client) -> bool:
-        return client.connected and not client.settled
-
-    return sum(waits(client) for client in stage.fleet.clients.values())
+    return sum(c.connected and not c.settled for c in stage.fleet.clients.values())
 
 
 # --- nothing to believe in -------------------------------------------------------------------
