@@ -7,20 +7,33 @@ For example::
         await room.send({"text": "hello"})
         async for event in room:
             ...
+
+It reconnects, recovers what was missed, and refreshes its token by itself.
 """
 
 from __future__ import annotations
 
-from .connection import Client, connect
-from .errors import ChatError, CommandError, DisconnectedError, RefusedError
-from .events import Gap, History, Left, Limits, Message, Position, Refreshed, Welcome
-from .handshake import TokenSource
-from .room import Event, Room
+from .client import Client, connect
+from .errors import (
+    ChatError,
+    CommandError,
+    DisconnectedError,
+    RefusedError,
+    TokenRefusedError,
+    UnknownOutcomeError,
+)
+from .events import Event, Gap, History, Left, Limits, Message, Position, Refreshed, Welcome
+from .keeper import TokenKeeper, TokenPair
+from .room import Room
+from .states import Closed, Connecting, Open, State, Waiting
+from .tokens import TokenSource
 
 __all__ = [
     "ChatError",
     "Client",
+    "Closed",
     "CommandError",
+    "Connecting",
     "DisconnectedError",
     "Event",
     "Gap",
@@ -28,11 +41,18 @@ __all__ = [
     "Left",
     "Limits",
     "Message",
+    "Open",
     "Position",
     "Refreshed",
     "RefusedError",
     "Room",
+    "State",
+    "TokenKeeper",
+    "TokenPair",
+    "TokenRefusedError",
     "TokenSource",
+    "UnknownOutcomeError",
+    "Waiting",
     "Welcome",
     "connect",
 ]

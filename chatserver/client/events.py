@@ -86,6 +86,9 @@ class Left(Struct, frozen=True):
     reason: str
 
 
+Event = Message | Gap | Left
+
+
 class History(Struct, frozen=True):
     """A page of a room's log.
 

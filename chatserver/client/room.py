@@ -1,70 +1,78 @@
-"""One joined room: which events are new, which are missing, and those that wait to be taken."""
+"""One joined room: the events that wait to be taken, across connections."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 from collections import deque
-from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Self
 
-from .errors import DisconnectedError
-from .events import (
-    Frame,
-    Gap,
-    History,
-    JoinAck,
-    Left,
-    Message,
-    NewEpoch,
-    Position,
-    read,
-    read_message,
-)
+from .events import Event, Frame, History, JoinAck, Left, Position, read
+from .positions import Place, Standing
 
 if TYPE_CHECKING:
-    from .connection import Client
-
-Event = Message | Gap | Left
-
-
-class State(Enum):
-    LIVE = auto()
-    # The queue is full: events are let go until it is empty, then asked for again.
-    FULL = auto()
-    # A join is under way: what comes before its ack is part of the hole, or of its replay.
-    REPAIRING = auto()
-    ENDED = auto()
+    from .client import Client
 
 
 class Room:
-    """A room this connection has joined: ``async for event in room`` gives its events.
+    """A room that the client is in: ``async for event in room`` gives its events.
 
-    They come in order, each once: `Message`, or `Gap` where some may be missing, or `Left` when
-    the server ended the stay. Iteration ends after that, after `leave`, when the room is joined
-    again (by another Room) and when the client is closed; it raises `DisconnectedError` when the
-    connection is lost, after the events that had arrived. Waiting for an event has no deadline.
+    They come in order, each once, whatever becomes of the connection: `Message`, or `Gap` where
+    some may be missing, or `Left` when the server ended the stay. Iteration ends after that, after
+    `leave`, when the room is joined again (by another Room) and when the client is closed; when
+    the client is told not to come back it raises what `Closed` tells, after the events that had
+    arrived. Waiting for an event has no deadline. One task at a time may iterate.
 
     At most ``bound`` events wait to be taken. Past that the newest are let go, and read from the
-    server's log when the others have been taken, so that a slow reader holds up nothing else; it
-    gets a `Gap` if by then the log does not reach back.
+    server's log when half of the others have been taken, so that a slow reader holds up nothing
+    else; it gets a `Gap` if by then the log does not reach back.
     """
 
-    def __init__(self, client: Client, ack: JoinAck, bound: int) -> None:
-        self.name = ack.room
-        self.head = Position(ack.epoch, ack.offset)
-        """The end of the log when the room was joined: what follows it is live."""
-        self.position = ack.start
-        """The last event handed out. Join ``since`` here to go on after a disconnect."""
+    __slots__ = (
+        "_admission",
+        "_bound",
+        "_client",
+        "_ended",
+        "_lost",
+        "_place",
+        "_queue",
+        "_waiter",
+        "head",
+        "last",
+        "name",
+        "not_before",
+        "position",
+        "recovered",
+        "refusals",
+        "rights",
+    )
+
+    def __init__(
+        self, client: Client, name: str, since: Position | None, last: int | None, bound: int
+    ) -> None:
+        self.name = name
+        self.rights = ""
+        """What this user may do here, such as ``"rw"``."""
+        self.head = self.position = since or Position("", 0)
+        """``head`` is the end of the log at the latest join: what follows it is live. ``position``
+        is the last event handed out: join ``since`` here to go on in another process."""
+        self.recovered = True
+        """Whether the latest join has everything since the position before."""
+        self.last = last
+        self.not_before = 0.0
+        """When a join that was refused for now is to be repeated."""
+        self.refusals = 0
+        self._admission: asyncio.Future[Exception | None] | None = None
         self._client = client
         self._bound = bound
+        self._place = Place(name, since)
         self._queue: deque[tuple[Position, Event | None]] = deque()
-        self._wake = asyncio.Event()
-        self._lost: DisconnectedError | None = None
-        self.receive_ack(ack)
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+        self._lost: Exception | None = None
 
     def __repr__(self) -> str:
-        return f"<Room {self.name} {self._state.name} at {self.reached.offset}>"
+        return f"<Room {self._place!r}, {len(self._queue)} waiting>"
 
     def __aiter__(self) -> Self:
         return self
@@ -73,16 +81,24 @@ class Room:
         while True:
             while self._queue:
                 self.position, event = self._queue.popleft()
+                if self.wanting and len(self._queue) == self._bound // 2:
+                    self._client.rejoin(self)
                 if event is not None:
                     return event
-            if self._state is State.ENDED:
+            if self._ended:
                 if self._lost is None:
                     raise StopAsyncIteration
                 raise copy.copy(self._lost)
-            if self._state is State.FULL:
-                self._repair()
-            self._wake.clear()
-            await self._wake.wait()
+            await self._arrival()
+
+    async def _arrival(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("another task is iterating over this room")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     async def send(self, body: Any, *, key: str | None = None, echo: bool = True) -> Position:
         """Publish to this room; see `Client.send`."""
@@ -99,65 +115,92 @@ class Room:
         await self._client.leave(self.name)
 
     @property
-    def ended(self) -> bool:
-        return self._state is State.ENDED
+    def wanting(self) -> bool:
+        """Whether it ought to be joined, again: it is out, and has space for what it missed."""
+        return (
+            not self._ended
+            and self._place.standing is Standing.OUT
+            and len(self._queue) <= self._bound // 2
+        )
 
-    def receive_ack(self, ack: JoinAck) -> None:
-        """Start where a join's replay starts, also when that is before what was reached."""
-        self.rights = ack.rights
-        self.reached = ack.start
-        self._state = State.LIVE
-        if not ack.recovered:
-            # Not subject to the bound: what was lost must not be forgotten as well.
-            missing = (ack.gap.first, ack.gap.last) if ack.gap else ()
-            self._append(ack.start, Gap(self.name, ack.start, *missing))
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    @property
+    def joined(self) -> bool:
+        """Whether events come in at present."""
+        return self._place.standing is Standing.LIVE
+
+    def ask(self) -> Position | None:
+        """A join is being sent; returns its ``since``."""
+        return self._place.ask()
+
+    def admit(self, ack: JoinAck) -> None:
+        """The join was acked; its replay follows."""
+        self.rights, self.recovered = ack.rights, ack.recovered
+        self.head = Position(ack.epoch, ack.offset)
+        self.refusals, self.not_before = 0, 0.0
+        self._answer(None)
+        gap = self._place.admit(ack)
+        if gap is not None:
+            # There is space: otherwise it would not have been joined.
+            self._put(ack.start, gap)
+        elif not self._queue:
+            self.position = ack.start
+
+    def postpone(self, until: float) -> None:
+        """The join was refused for now."""
+        self._place.leave()
+        self.not_before = until
+        self.refusals += 1
+
+    def refuse(self, error: Exception) -> None:
+        """The join was refused for good."""
+        self._answer(error)
+
+    async def admission(self) -> None:
+        """Wait for the first join's ack. Raises its refusal, and what ends the client."""
+        self._admission = asyncio.get_running_loop().create_future()
+        refused = await self._admission
+        self._admission = None
+        if refused is not None:
+            raise refused
+
+    def _answer(self, refused: Exception | None) -> None:
+        if self._admission is not None and not self._admission.done():
+            self._admission.set_result(refused)
+
+    def lose(self) -> None:
+        """The connection is gone."""
+        self._place.leave()
 
     def receive(self, frame: Frame) -> None:
         """Take one frame that names this room and is no reply."""
         if frame["type"] == "left":
             self.end(read(frame, Left))
-        elif self._state is State.LIVE:
-            self._receive_live(frame)
-
-    def end(self, why: Left | DisconnectedError | None) -> None:
-        """Let no more events in; the iteration ends after those that wait."""
-        if self._state is State.ENDED:
             return
-        self._state = State.ENDED
+        step = self._place.receive(frame, space=len(self._queue) < self._bound)
+        if step is not None:
+            self._put(*step)
+
+    def end(self, why: Left | Exception | None) -> None:
+        """Let no more events in; the iteration ends after those that wait."""
+        if self._ended:
+            return
+        self._ended = True
+        self._place.leave()
         if isinstance(why, Left):
-            self._append(self.reached, why)
+            self._put(self._place.position or self.position, why)
         else:
             self._lost = why
-        self._wake.set()
-
-    def _receive_live(self, frame: Frame) -> None:
-        if frame["type"] == "epoch":
-            return self._put(Position(read(frame, NewEpoch).epoch, self.reached.offset), None)
-        if frame["type"] == "reset":
-            position = read(frame, Position)
-            return self._put(position, Gap(self.name, position))
-        offset = frame.get("offset")
-        if not isinstance(offset, int) or offset <= self.reached.offset:
-            return None
-        if offset == self.reached.offset + 1:
-            known = frame["type"] == "message"
-            event = read_message(frame, self.reached.epoch) if known else None
-            return self._put(Position(self.reached.epoch, offset), event)
-        return self._repair() if len(self._queue) < self._bound else self._overflow()
+        self._answer(copy.copy(self._lost))
+        self._wake()
 
     def _put(self, position: Position, event: Event | None) -> None:
-        if len(self._queue) >= self._bound:
-            return self._overflow()
-        self.reached = position
-        return self._append(position, event)
-
-    def _append(self, position: Position, event: Event | None) -> None:
         self._queue.append((position, event))
-        self._wake.set()
+        self._wake()
 
-    def _overflow(self) -> None:
-        self._state = State.FULL
-
-    def _repair(self) -> None:
-        self._state = State.REPAIRING
-        self._client.repair(self)
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,7 +1,4 @@
-"""Standard input, a line at a time, on the event loop: a terminal, a pipe or a file.
-
-No thread: one blocked in a read would take a line that is no longer ours, or hold up the exit.
-"""
+"""Reading standard input without a thread, and without taking more than is asked for."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ import codecs
 import os
 from collections import deque
 
-CHUNK = 65_536
-# Longer lines are handed out in pieces of this many characters: bounded, and within the frame
-# that a server takes by default even if each became a JSON escape.
+CHUNK = 4096
+# A line longer than this is taken in pieces, so that each fits into a frame (64 KiB by default)
+# even if each became a JSON escape.
 PIECE = 8_000
 
 
-class Lines:
-    """The lines of file descriptor ``fd``, without their ends; other bytes than UTF-8 replaced.
+class Input:
+    """The text of file descriptor ``fd``, as it comes; other bytes than UTF-8 are replaced.
 
     Reads only on demand, so what is not asked for stays in the pipe. Cancelling `read` loses
     nothing.
@@ -26,24 +23,22 @@ class Lines:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._lines: deque[str] = deque()
-        self._rest = ""
         self._ended = False
 
     async def read(self) -> str | None:
-        """Wait for the next line; None at the end of the input."""
-        while not self._lines:
-            if self._ended:
-                return None
-            await self._readable()
-            try:
-                self._feed(os.read(self._fd, CHUNK))
-            except BlockingIOError:
-                continue
-            except OSError:
-                # A terminal that has gone away (EIO): nothing more will come.
-                self._feed(b"")
-        return self._lines.popleft()
+        """Wait for what comes next, which may be nothing yet; None at the end of the input."""
+        if self._ended:
+            return None
+        await self._readable()
+        try:
+            data = os.read(self._fd, CHUNK)
+        except BlockingIOError:
+            return ""
+        except OSError:
+            # A terminal that has gone away (EIO): nothing more will come.
+            data = b""
+        self._ended = not data
+        return self._decoder.decode(data, self._ended)
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
@@ -62,9 +57,27 @@ class Lines:
         finally:
             loop.remove_reader(self._fd)
 
-    def _feed(self, data: bytes) -> None:
-        self._ended = not data
-        *whole, self._rest = (self._rest + self._decoder.decode(data, self._ended)).split("\n")
+
+class Lines:
+    """The lines of an input, without their ends."""
+
+    def __init__(self, input: Input) -> None:
+        self._input = input
+        self._lines: deque[str] = deque()
+        self._rest = ""
+        self._ended = False
+
+    async def read(self) -> str | None:
+        """Wait for the next line; None at the end of the input."""
+        while not self._lines:
+            if self._ended:
+                return None
+            self._feed(await self._input.read())
+        return self._lines.popleft()
+
+    def _feed(self, text: str | None) -> None:
+        self._ended = text is None
+        *whole, self._rest = (self._rest + (text or "")).split("\n")
         for line in whole:
             self._take(line.removesuffix("\r"))
         while len(self._rest) > PIECE:
@@ -74,8 +87,12 @@ class Lines:
             self._take(self._rest)
 
     def _take(self, line: str) -> None:
-        pieces = (line[at : at + PIECE] for at in range(0, len(line), PIECE))
-        self._lines.extend(pieces if line else ("",))
+        self._lines.extend(pieces(line))
+
+
+def pieces(line: str) -> list[str]:
+    """A line, or what it is cut into."""
+    return [line[at : at + PIECE] for at in range(0, len(line), PIECE)] or [""]
 
 
 def _set(ready: asyncio.Future[None]) -> None:

@@ -1,50 +1,40 @@
-"""A chat in the terminal: events to stdout, lines of stdin to the room, news of the link to stderr.
+"""A chat in the terminal: what is typed goes to the room, what is said there is shown.
 
-Reconnects by itself, and recovers by position: nothing is shown twice, and what may be missing is
-said. A line goes out under one key however often it has to be sent.
+On a terminal the line being typed stays below what comes in, and its prompt tells how things
+stand. Otherwise (a pipe, a file) lines of stdin are sent, messages go to stdout and news to stderr.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import json
-import math
-import re
+import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import TextIO
+from collections.abc import AsyncIterator, Awaitable, Callable
 from urllib.parse import urlsplit
-from uuid import uuid4
 
-from .backoff import wait_before
-from .connection import Client, connect
-from .errors import ChatError, CommandError, DisconnectedError, RefusedError
-from .events import Gap, Left, Message, Position
-from .room import Event, Room
-from .stdin import Lines
+from .client import Client, connect
+from .editor import Editor, Key
+from .errors import ChatError, CommandError, DisconnectedError, RefusedError, UnknownOutcomeError
+from .events import Position
+from .room import Room
+from .screen import Screen, Terminal, escape
+from .states import Open, State, Waiting
+from .stdin import Input, Lines, pieces
 
 LAST = 20
-# A connection that held this long was a good one: the backoff starts anew after it.
-STEADY_SECONDS = 10.0
 # After the end of the input: how long to wait for one's own last message to come back.
 SHOW_SECONDS = 2.0
-# 1002 and 1007 say that this client is at fault. It may be the network's doing, but not often.
-OWN_FAULTS = (1002, 1007)
-OWN_FAULT_TRIES = 3
-
-# What a terminal obeys instead of showing (C0, DEL, C1), what breaks or reorders lines, and what
-# cannot be encoded.
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Lines typed that wait to be sent; then keys wait.
+TYPED = 64
 
 ADVICE = {
     "token_missing": "Give a token.",
     "token_invalid": "Get a new token.",
     "token_expired": "Get a new token.",
+    "token_revoked": "Log in again.",
     "session_revoked": "Log in again.",
     "https_required": "Use a wss:// URL.",
     "not_found": "The URL should end in /v1/ws.",
@@ -60,18 +50,20 @@ ADVICE = {
     "invalid": "Check the room's name.",
 }
 
+Read = Callable[[], Awaitable[str | None]]
+"""The next line; None at the end of the input."""
+
 
 async def chat(url: str, room: str, token: Callable[[], Awaitable[str]]) -> int:
     """Chat in ``room`` until the input ends or Ctrl-C, and return an exit code.
 
-    0 for these two. 1, after a line on stderr that says what happened and what to do, when the
-    server refuses the connection or the room, cannot be reached at the start, or ends the
-    connection for good. ``token`` is asked for each connection and refresh; what it raises comes
-    out of here. Needs the main thread, for Ctrl-C.
+    0 for these two. 1, after a line that says what happened and what to do, when the server
+    refuses the connection or the room, cannot be reached at the start, or ends the connection for
+    good. ``token`` is asked for each new token; what it raises at the start comes out of here.
+    Needs the main thread, for Ctrl-C.
     """
     loop = asyncio.get_running_loop()
-    session = _Session(url, room, token)
-    task = asyncio.create_task(session.run())
+    task = asyncio.create_task(_chat(url, room, token))
     interrupted = asyncio.Event()
 
     def interrupt() -> None:
@@ -89,199 +81,198 @@ async def chat(url: str, room: str, token: Callable[[], Awaitable[str]]) -> int:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-def escape(text: str) -> str:
-    """Make a stranger's text safe to print on one line of a terminal."""
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+async def _chat(url: str, room: str, token: Callable[[], Awaitable[str]]) -> int:
+    async with _seat() as (screen, read):
+        return await _Session(url, room, screen, read).run(token)
 
 
-def render(event: Event, own: str) -> str:
-    """One line for an event. Messages of user ``own`` begin with ``> ``."""
-    match event:
-        case Message(user=user, body={"text": str(text), **more}) if not more:
-            words = text
-        case Message(user=user, body=body):
-            words = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-        case Gap():
-            return "* Some messages may be missing here."
-        case Left(room=room, reason=reason):
-            return f"* You are no longer in {escape(room)}: {escape(reason)}."
-    mark = "> " if user == own else ""
-    return f"{mark}{escape(user)}: {escape(words)}"
+@contextlib.asynccontextmanager
+async def _seat() -> AsyncIterator[tuple[Screen, Read]]:
+    """Where the user sits: at a terminal, or behind pipes."""
+    if sys.stdin is None:
+        yield Screen(sys.stdout, sys.stderr, colour=_colour()), _nothing
+    elif sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        async with _keyboard(sys.stdin.fileno()) as seat:
+            yield seat
+    else:
+        lines = Lines(Input(sys.stdin.fileno()))
+        read = _some(lines.read) if sys.stdin.isatty() else lines.read
+        yield Screen(sys.stdout, sys.stderr, colour=_colour()), read
 
 
-@dataclass
-class _Outgoing:
-    """A line on its way, under the one key that makes sending it again harmless."""
+@contextlib.asynccontextmanager
+async def _keyboard(fd: int) -> AsyncIterator[tuple[Screen, Read]]:
+    loop, editor = asyncio.get_running_loop(), Editor()
+    terminal = Terminal(sys.stdout, editor, colour=_colour())
+    typed: asyncio.Queue[str | None] = asyncio.Queue(TYPED)
+    with terminal.typing(fd):
+        loop.add_signal_handler(signal.SIGCONT, terminal.resume, fd)
+        loop.add_signal_handler(signal.SIGWINCH, terminal.draw)
+        typing = asyncio.create_task(_type(Input(fd), editor, terminal, typed))
+        try:
+            yield terminal, _some(typed.get)
+        finally:
+            loop.remove_signal_handler(signal.SIGCONT)
+            loop.remove_signal_handler(signal.SIGWINCH)
+            typing.cancel()
+            await asyncio.gather(typing, return_exceptions=True)
 
-    text: str
-    key: str = field(default_factory=lambda: str(uuid4()))
-    since: float = field(default_factory=time.monotonic)
 
-    def age(self) -> float:
-        """Seconds since it was taken from the input, to be sent at once."""
-        return time.monotonic() - self.since
+async def _type(
+    keys: Input, editor: Editor, terminal: Terminal, typed: asyncio.Queue[str | None]
+) -> None:
+    while (text := await keys.read()) is not None:
+        for found in editor.feed(text):
+            match found:
+                case str():
+                    for piece in pieces(found):
+                        await typed.put(piece)
+                case Key.END:
+                    await typed.put(None)
+                case Key.REDRAW:
+                    terminal.wipe()
+        terminal.draw()
+    await typed.put(None)
+
+
+async def _nothing() -> str | None:
+    return None
+
+
+def _some(read: Read) -> Read:
+    """Whoever presses Enter twice does not mean an empty message."""
+
+    async def read_some() -> str | None:
+        while (line := await read()) == "":
+            pass
+        return line
+
+    return read_some
+
+
+def _colour() -> bool:
+    """https://no-color.org"""
+    return not os.environ.get("NO_COLOR") and sys.stdout.isatty()
 
 
 class _Session:
-    """The chat across its connections: what was shown, and the line that is not yet acked."""
+    """The chat: what is shown, and the lines on their way."""
 
-    def __init__(self, url: str, room: str, token: Callable[[], Awaitable[str]]) -> None:
+    def __init__(self, url: str, room: str, screen: Screen, read: Read) -> None:
         self._url = url
         self._name = room
-        self._token = token
-        self._tty = sys.stdin is not None and sys.stdin.isatty()
-        self._lines = Lines(sys.stdin.fileno()) if sys.stdin is not None else None
-        self._outgoing: _Outgoing | None = None
-        self._position: Position | None = None
-        self._connected = False
-        self._opened_at = math.inf
-        self._attempt = 0
-        self._own_faults = 0
+        self._screen = screen
+        self._read = read
+        self._greeted = False
+        self._sending = 0
+        self._online = True
+        self._shown = asyncio.Event()
 
-    async def run(self) -> int:
-        while True:
-            self._opened_at = math.inf
-            try:
-                async with connect(self._url, token=self._token) as client:
-                    self._connected = True
-                    self._opened_at = time.monotonic()
-                    return await self._converse(client)
-            except (ChatError, TimeoutError) as exc:
-                self._count(exc)
-                if self._is_end(exc):
-                    _say(f"{self._explain(exc)} {_advice(exc)}".rstrip())
-                    return 1
-                await self._wait(exc)
-            except ValueError as exc:
-                if self._connected:
-                    raise
-                _say(f"Cannot connect: {escape(str(exc))}.")
-                return 1
+    async def run(self, token: Callable[[], Awaitable[str]]) -> int:
+        say = self._screen.say
+        try:
+            async with connect(
+                self._url, token=token, patience=0, on_state=self._receive_state
+            ) as client:
+                return await self._converse(client)
+        except CommandError as exc:
+            say(f"Cannot join {escape(self._name)} ({escape(str(exc))}). {_advice(exc)}".rstrip())
+        except (ChatError, TimeoutError) as exc:
+            say(f"{self._explain(exc)} {_advice(exc)}".rstrip())
+        except ValueError as exc:
+            if self._greeted:
+                raise
+            say(f"Cannot connect: {escape(str(exc))}.")
+        return 1
 
     async def _converse(self, client: Client) -> int:
-        last = LAST if self._position is None else None
-        room = await client.join(self._name, since=self._position, last=last)
-        self._greet(client, room)
+        room = await client.join(self._name, last=LAST)
+        may = "" if "w" in room.rights else " (read only)"
+        self._greeted = True
+        self._screen.say(
+            f"In {escape(room.name)} as {escape(client.welcome.user)}{may}. Ctrl-D leaves."
+        )
+        self._prompt()
         show = asyncio.create_task(self._show(client, room))
-        feed = asyncio.create_task(self._feed(client, room))
+        feed = asyncio.create_task(self._feed(room))
         try:
             await asyncio.wait({show, feed}, return_when=asyncio.FIRST_COMPLETED)
             if not feed.done():
                 return show.result()
+            last = feed.result()
+            await self._show_up_to(last, room)
         finally:
             show.cancel()
             feed.cancel()
             await asyncio.gather(show, feed, return_exceptions=True)
-        await self._show_up_to(feed.result(), client, room)
         return 0
-
-    def _greet(self, client: Client, room: Room) -> None:
-        if self._position is None:
-            may = "" if "w" in room.rights else " (read only)"
-            _say(f"In {escape(room.name)} as {escape(client.welcome.user)}{may}. Ctrl-D leaves.")
-        else:
-            _say("Connected again.")
-        self._position = room.position
 
     async def _show(self, client: Client, room: Room) -> int:
         async for event in room:
-            self._print(event, client, room)
+            self._screen.show(event, client.welcome.user)
+            self._shown.set()
         return 1
 
-    async def _show_up_to(self, last: Position, client: Client, room: Room) -> None:
-        """Show what led up to ``last``, so that one's own words are seen to have arrived."""
-        with contextlib.suppress(TimeoutError, StopAsyncIteration, DisconnectedError):
+    async def _show_up_to(self, last: Position, room: Room) -> None:
+        """Let appear what led up to ``last``, so that one's own words are seen to have arrived."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHOW_SECONDS):
                 while room.position.epoch == last.epoch and room.position.offset < last.offset:
-                    self._print(await anext(room), client, room)
+                    self._shown.clear()
+                    await self._shown.wait()
 
-    def _print(self, event: Event, client: Client, room: Room) -> None:
-        stream = sys.stdout if isinstance(event, Message) else sys.stderr
-        _write(stream, render(event, client.welcome.user))
-        self._position = room.position
-
-    async def _feed(self, client: Client, room: Room) -> Position:
+    async def _feed(self, room: Room) -> Position:
         """Send the input's lines to its end; return the last position they, or the join, gave."""
         last = room.head
-        while line := await self._next_line():
-            last = await self._deliver(line, client, room) or last
-            self._outgoing = None
+        while (line := await self._read()) is not None:
+            self._sending += 1
+            self._prompt()
+            try:
+                last = await room.send({"text": line})
+            except CommandError as exc:
+                self._screen.say(f"Not sent ({escape(str(exc))}): {escape(line)}")
+            except UnknownOutcomeError as exc:
+                self._screen.say(f"Not known whether this was sent: {escape(line)}")
+                if exc.why is not None:
+                    raise exc.why from None
+            finally:
+                self._sending -= 1
+                self._prompt()
         return last
 
-    async def _next_line(self) -> _Outgoing | None:
-        """The line left over from a lost connection, or the input's next; None at its end."""
-        while self._outgoing is None:
-            text = await self._lines.read() if self._lines else None
-            if text is None:
-                return None
-            if text or not self._tty:
-                self._outgoing = _Outgoing(text)
-        return self._outgoing
+    def _receive_state(self, state: State) -> None:
+        match state:
+            case Open():
+                if self._greeted:
+                    self._screen.say("Connected again.")
+                self._online = True
+            case Waiting():
+                seconds = state.until - time.time()
+                self._screen.say(f"{self._explain(state.why)} Trying again in {seconds:.1f} s.")
+                self._online = False
+        self._prompt()
 
-    async def _deliver(self, line: _Outgoing, client: Client, room: Room) -> Position | None:
-        """Send ``line`` until it is acked; None if it cannot be, which the user is told."""
-        for attempt in itertools.count():
-            if line.age() * 1000 > client.welcome.limits.key_window:
-                # The server has forgotten the key: sending again might say it twice.
-                _say(f"Not known whether this was sent: {escape(line.text)}")
-                break
-            told = None
-            try:
-                return await room.send({"text": line.text}, key=line.key)
-            except CommandError as exc:
-                if not exc.temporary:
-                    _say(f"Not sent ({escape(str(exc))}): {escape(line.text)}")
-                    break
-                told = exc.retry_after
-            except TimeoutError:
-                pass
-            await asyncio.sleep(wait_before(attempt, told))
-        return None
+    def _prompt(self) -> None:
+        if isinstance(self._screen, Terminal) and self._greeted:
+            how = "offline" if not self._online else "sending" if self._sending else ""
+            self._screen.prompt = f"{escape(self._name)}{f' ({how})' if how else ''}> "
+            self._screen.draw()
 
-    def _count(self, exc: ChatError | TimeoutError) -> None:
-        """Keep the numbers of tries that the waits and the giving up depend on."""
-        if time.monotonic() - self._opened_at >= STEADY_SECONDS:
-            self._attempt = self._own_faults = 0
-        if isinstance(exc, DisconnectedError) and exc.code in OWN_FAULTS:
-            self._own_faults += 1
-
-    def _is_end(self, exc: ChatError | TimeoutError) -> bool:
-        match exc:
-            case RefusedError():
-                # Behind a proxy, a server that restarts looks like 502 or 504.
-                return not self._connected or (exc.status != 429 and exc.status < 500)
-            case CommandError():
-                return not exc.temporary
-            case DisconnectedError():
-                return exc.final or not self._connected or self._own_faults >= OWN_FAULT_TRIES
-        return not self._connected
-
-    async def _wait(self, exc: ChatError | TimeoutError) -> None:
-        told = (
-            exc.after if isinstance(exc, DisconnectedError) else getattr(exc, "retry_after", None)
-        )
-        seconds = wait_before(self._attempt, told)
-        self._attempt += 1
-        _say(f"{self._explain(exc)} Trying again in {seconds:.1f} s.")
-        await asyncio.sleep(seconds)
-
-    def _explain(self, exc: ChatError | TimeoutError) -> str:
+    def _explain(self, exc: Exception) -> str:
         match exc:
             case RefusedError():
                 code = f"{exc.status} {exc.code or ''}".rstrip()
                 return f"The server refused the connection ({escape(code)}): {escape(exc.message)}"
-            case CommandError():
-                return (
-                    f"Cannot join {escape(self._name)} ({escape(exc.code)}): {escape(exc.message)}"
-                )
-            case DisconnectedError() if not self._connected:
+            case DisconnectedError(code=1006) if not self._greeted:
                 return f"No connection to {_place(self._url)}: {escape(exc.reason)}."
             case DisconnectedError():
                 return f"Disconnected ({exc.code} {escape(exc.reason)})."
-        return "No answer in time."
+            case TimeoutError():
+                return "No answer in time."
+        return f"No new token ({type(exc).__name__})."
 
 
-def _advice(exc: ChatError | TimeoutError) -> str:
+def _advice(exc: Exception) -> str:
     match exc:
         case RefusedError() | CommandError():
             return ADVICE.get(exc.code or "", "")
@@ -296,13 +287,3 @@ def _place(url: str) -> str:
     """The server a URL names, without what might be secret in it."""
     parts = urlsplit(url)
     return escape(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}")
-
-
-def _say(text: str) -> None:
-    _write(sys.stderr, f"* {text}")
-
-
-def _write(stream: TextIO, line: str) -> None:
-    encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()

@@ -23,10 +23,12 @@ class Member(Protocol):
     name: str
     session: str
     """The present login's."""
-    port: int
-    """Its own end of the link, by which a proxy knows it; 0 without one."""
     strange: list[str]
     """What it saw that makes no sense; each is a violation."""
+
+    @property
+    def port(self) -> int:
+        """Its own end of the link, by which a proxy knows it; 0 without one."""
 
     @property
     def rooms(self) -> Sequence[str]: ...

@@ -1,0 +1,652 @@
+"""A client that stays: it reconnects, recovers and refreshes by itself, and says what it does.
+
+One task for each client supervises: it connects, reads every frame, and waits before it connects
+again. It never waits for anything else, so a room nobody reads delays no reply. Decisions are made
+in pure modules beside this one (backoff, outbox, pace, positions, pulse), which get the time as an
+argument; frames are written without waiting, for what is unanswered is bounded: `UNACKNOWLEDGED`
+messages, `ASKING` other commands, and one join for each room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import logging
+import math
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from msgspec.structs import asdict
+
+from .backoff import FIRST, LONGEST, Backoff, wait_again
+from .connection import Answered, Connection, read_error
+from .errors import ChatError, CommandError, DisconnectedError, RefusedError, TokenRefusedError
+from .events import (
+    Bye,
+    Frame,
+    FrameError,
+    History,
+    JoinAck,
+    Left,
+    Pong,
+    Position,
+    Refreshed,
+    Welcome,
+    encode,
+    parse,
+    read,
+    read_history,
+)
+from .link import Link, check_url
+from .outbox import Outbox, Outgoing
+from .room import Room
+from .states import Closed, Connecting, Open, State, Waiting
+from .tokens import NoTokenError, Tokens, TokenSource
+
+T = TypeVar("T")
+R = TypeVar("R")
+log = logging.getLogger("chatserver.client")
+
+UNACKNOWLEDGED = 64
+ASKING = 64
+# Frames read before the tasks that take events from rooms get their turn: one read from the
+# socket may hold thousands, which would fill a room's queue though its reader is quick.
+TURN = 128
+# Connecting with its welcome, or a new token.
+CONNECT_SECONDS = 10.0
+
+
+@asynccontextmanager
+async def connect(
+    url: str,
+    *,
+    token: str | TokenSource,
+    deadline: float = 30.0,
+    patience: float = 30.0,
+    queue: int = 1024,
+    backoff: tuple[float, float] = (FIRST, LONGEST),
+    on_state: Callable[[State], None] | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[Client]:
+    """Connect to ``url`` (``ws://…/v1/ws``), stay connected, and close on leaving the block.
+
+    ``token`` is an access token, or an async function that returns a fresh one, such as a
+    `TokenKeeper`: it is asked before the token expires, and when the server wants another. With a
+    mere string, call `Client.refresh` before `Client.expires_at`, or the client ends with 4401.
+
+    Times are in seconds. ``deadline`` is for one command, whatever number of connections that
+    takes; a message has its own (see `Client.send`). ``patience`` is for the first connection: so
+    long is it tried again, and with 0 only once. ``backoff`` is the longest wait before the first
+    try to reconnect, and before any. ``queue`` bounds the events that wait in each `Room`.
+    ``on_state`` is called with each new `Client.state`, also while this function waits; it must
+    not raise.
+
+    Raises `RefusedError` and `DisconnectedError`, ValueError for a URL or token that is none, and
+    for the first token what the function raises.
+    """
+    client = Client(url, token, deadline, patience, queue, Backoff(*backoff), on_state, tls)
+    try:
+        await client.opened()
+        yield client
+    finally:
+        await client.close()
+
+
+class Client:
+    """A user's seat at the server, made by `connect`.
+
+    Commands wait while there is no connection. They raise `CommandError` when the server refuses
+    them for good, TimeoutError when the deadline passes, and once it is over what `Closed` tells:
+    a `DisconnectedError`, a `RefusedError`, or what the token's function raised at last.
+    """
+
+    welcome: Welcome
+    """The latest connection's."""
+    expires_at: int
+    """When the current token expires, in milliseconds of the server's clock."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str | TokenSource,
+        deadline: float,
+        patience: float,
+        queue: int,
+        backoff: Backoff,
+        on_state: Callable[[State], None] | None,
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        check_url(url)
+        self.state: State = Connecting()
+        self._url = url
+        self._tls = tls
+        self._deadline = deadline
+        self._bound = queue
+        self._backoff = backoff
+        self._on_state = on_state
+        self._loop = asyncio.get_running_loop()
+        self._patient_until = self._loop.time() + patience
+        self._tokens = Tokens(token, CONNECT_SECONDS)
+        self._change: asyncio.Future[None] | None = None
+        self._slots = asyncio.Semaphore(UNACKNOWLEDGED)
+        self._asks = asyncio.Semaphore(ASKING)
+        self._outbox = Outbox()
+        self._rooms: dict[str, Room] = {}
+        self._outside: dict[Room, None] = {}
+        self._connection: Connection | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        self._stale = False
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    def __repr__(self) -> str:
+        who = f"{self.welcome.connection} of {self.welcome.user}" if self._welcomed else "new"
+        return f"<Client {who} {type(self.state).__name__.lower()}>"
+
+    # What applications call.
+
+    async def join(
+        self, name: str, *, since: Position | None = None, last: int | None = None
+    ) -> Room:
+        """Be in a room until `leave`: with the events missed ``since``, or the ``last`` few (256).
+
+        If the server cannot prove that nothing is missing since then, the first event is a `Gap`
+        and the latest ``last`` events follow it (50 by default). Joining a room again gives a new
+        Room in the place of the old.
+        """
+        self._check_open()
+        self._end(name, None)
+        room = self._rooms[name] = Room(self, name, since, last, self._bound)
+        self.rejoin(room)
+        try:
+            async with asyncio.timeout(self._deadline):
+                await room.admission()
+        except BaseException:
+            self._withdraw(room)
+            raise
+        return room
+
+    async def leave(self, name: str) -> None:
+        """Stop receiving a room; its iteration ends. Leaving one not joined is no error."""
+        self._end(name, None)
+        # Another connection would not join it.
+        await self._ask("leave", _nothing, lasting=False, room=name)
+
+    async def send(
+        self, room: str, body: Any, *, key: str | None = None, echo: bool = True
+    ) -> Position:
+        """Publish ``body``, any JSON value, and return its position; joining is not needed.
+
+        The message is stored once, however often it has to be sent: it has a ``key``, a fresh UUID
+        by default. It is repeated while the server is sure to remember the key, for nearly
+        ``welcome.limits.key_window`` since it may have been stored; then, and when the client
+        ends, `UnknownOutcomeError` is raised. It waits when too many are unacknowledged. Messages
+        of one room go out in the order of the calls. Cancelled, it is not repeated any more, and
+        may have been stored. With ``echo=False`` this client's own room does not show it.
+        """
+        key = str(uuid4()) if key is None else key
+        fields: Frame = {"type": "send", "room": room, "body": body, "key": key}
+        if not echo:
+            fields["echo"] = False
+        text = encode(fields)
+        if len(text) + 32 > self.welcome.limits.frame_bytes:
+            # Sent, it would end the connection instead of being answered.
+            raise CommandError("too_large", "The message is larger than limits.frame_bytes.")
+        async with self._slots:
+            self._check_open()
+            outcome: asyncio.Future[Position | Exception] = self._loop.create_future()
+            message = Outgoing(room, key, text, lambda result: _resolve(outcome, result))
+            self._outbox.add(message)
+            self._pump()
+            try:
+                settled = await outcome
+            finally:
+                self._outbox.discard(message)
+        if isinstance(settled, Exception):
+            raise settled
+        return settled
+
+    async def history(
+        self, room: str, *, before: int | None = None, after: int | None = None, limit: int = 50
+    ) -> History:
+        """Read up to ``limit`` (to 256) events of a room's log, in ascending order.
+
+        They end before offset ``before``, or begin after ``after``; the latest if neither is given.
+        """
+        fields: Frame = {"room": room, "limit": limit}
+        if before is not None:
+            fields["before"] = before
+        if after is not None:
+            fields["after"] = after
+        return await self._ask("history", read_history, **fields)
+
+    async def refresh(self, token: str | None = None) -> Refreshed:
+        """Go on under a new access token of the same user and session: this one, or a fresh one
+        of the function that `connect` was given.
+
+        On failure the old token runs on. Rooms no longer allowed end with `Left`.
+        """
+        if token is None:
+            if not self._tokens.renewable:
+                raise ValueError("there is no function to ask for a token")
+            token = await self._tokens.renew()
+        before = self._tokens.replace(token)
+        try:
+            return await self._ask("refresh", self._receive_refreshed, token=token)
+        except CommandError:
+            self._tokens.replace(before)
+            raise
+
+    async def logout(self) -> None:
+        """End the session everywhere, and this client with it."""
+        try:
+            await self._ask("logout", lambda _: self._finish(None))
+        except DisconnectedError as exc:
+            # It was done, and the answer lost; or somebody else has done it.
+            if exc.code not in (1000, 4503):
+                raise
+
+    async def ping(self) -> int:
+        """Ask the server for its clock, in milliseconds. Not needed to stay connected."""
+        return await self._ask("ping", lambda ack: read(ack, Pong).ts)
+
+    async def close(self) -> None:
+        """End it; iterations end, and what still waits raises `DisconnectedError` with 1000."""
+        self._finish(None)
+        if self._connection is not None:
+            link = self._connection.link
+            self._lose()
+            await link.close()
+        tasks = [task for task in (self._supervisor, self._refreshing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tokens.close()
+
+    async def opened(self) -> None:
+        """Wait until there is a connection. Raises what `Closed` tells."""
+        await self._opened()
+
+    # The supervisor.
+
+    async def _supervise(self) -> None:
+        try:
+            while (wait := await self._live()) is not None:
+                await asyncio.sleep(wait)
+                self._tell(Connecting())
+        except Exception as exc:
+            # A mistake in this very module: nobody must wait for ever because of it.
+            log.exception("the client failed")
+            self._finish(exc)
+            self._lose()
+
+    async def _live(self) -> float | None:
+        """One connection, to its end. Returns how long to wait before the next; None: it is over,
+        which has been told."""
+        began = self._loop.time()
+        connection = await self._connect()
+        if isinstance(connection, Connection):
+            began = self._loop.time()
+            why = await self._converse(connection)
+            lived = self._loop.time() - began
+        else:
+            why, lived = connection, 0.0
+        if isinstance(self.state, Closed):
+            return None
+        wait = self._backoff.wait_after(why, lived)
+        if isinstance(why, NoTokenError):
+            why, wait = why.why, None
+        if wait is None or not self._is_patient(wait):
+            self._finish(why)
+            return None
+        self._tell(Waiting(time.time() + wait, why))
+        return wait
+
+    async def _connect(self) -> Connection | Exception:
+        try:
+            token = await self._tokens.get(self._loop.time())
+            link = await Link.open(self._url, token, self._tls, CONNECT_SECONDS)
+        except TokenRefusedError as exc:
+            return exc
+        except RefusedError as exc:
+            if exc.status == 401:
+                return self._refused(exc, expired=exc.code == "token_expired")
+            return exc
+        except (ChatError, NoTokenError, TimeoutError) as exc:
+            return exc
+        # Whatever the application's function raises may pass, but for the first time: then it is
+        # more likely to be a mistake, and somebody waits who can be told.
+        except Exception as exc:  # noqa: BLE001
+            return exc if self._welcomed else NoTokenError(exc)
+        return Connection(link, self._loop)
+
+    async def _converse(self, connection: Connection) -> Exception:
+        """Returns why it ended."""
+        try:
+            self._begin(connection)
+            for count in itertools.count(1):
+                self._receive(connection, parse(await connection.link.receive()))
+                if count % TURN == 0:
+                    await asyncio.sleep(0)
+        except FrameError as exc:
+            self._lose()
+            await connection.link.close(1002)
+            return DisconnectedError(1002, str(exc))
+        except DisconnectedError as exc:
+            return self._refused(exc, expired=True) if exc.code == 4401 else exc
+        finally:
+            self._lose()
+        raise AssertionError
+
+    def _refused(self, why: ChatError, *, expired: bool) -> Exception:
+        """The token is not good any more: final when there cannot be another."""
+        self._tokens.refuse(why, expired=expired)
+        return why if self._tokens.renewable else NoTokenError(why)
+
+    @property
+    def _welcomed(self) -> bool:
+        return hasattr(self, "welcome")
+
+    def _is_patient(self, wait: float) -> bool:
+        return self._welcomed or self._loop.time() + wait <= self._patient_until
+
+    def _begin(self, connection: Connection) -> None:
+        welcome = connection.link.welcome
+        self._connection = connection
+        self.welcome = welcome
+        self.expires_at = welcome.expires_at
+        self._tokens.accept(connection.left(welcome.expires_at), self._loop.time())
+        self._outbox.window = welcome.limits.key_window / 1000
+        for room in self._rooms.values():
+            room.not_before = 0.0
+            if room.wanting:
+                self._outside[room] = None
+        self._tell(Open(welcome.connection))
+        self._pump()
+
+    def _lose(self) -> None:
+        """The connection is gone: nothing of it will come any more."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        if self._stale:
+            self._tokens.outdate()
+        self._outside.clear()
+        for room in self._rooms.values():
+            room.lose()
+        connection.lose()
+        self._pump()
+
+    def _finish(self, why: Exception | None) -> None:
+        if isinstance(self.state, Closed):
+            return
+        self._tell(Closed(why))
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for name in list(self._rooms):
+            self._end(name, why)
+        self._outbox.close(self._over())
+
+    def _tell(self, state: State) -> None:
+        if isinstance(self.state, Closed):
+            return
+        self.state = state
+        if self._change is not None:
+            self._change.set_result(None)
+            self._change = None
+        if self._on_state is not None:
+            try:
+                self._on_state(state)
+            # The application's mistake is not to take its connection with it.
+            except Exception:
+                log.exception("on_state raised")
+
+    def _over(self) -> Exception:
+        assert isinstance(self.state, Closed)
+        if self.state.why is None:
+            return DisconnectedError(1000, "closed by this client")
+        return copy.copy(self.state.why)
+
+    def _check_open(self) -> None:
+        if isinstance(self.state, Closed):
+            raise self._over()
+
+    async def _opened(self) -> Connection:
+        while self._connection is None or not self._connection.open:
+            self._check_open()
+            if self._change is None:
+                self._change = self._loop.create_future()
+            await asyncio.shield(self._change)
+        return self._connection
+
+    # Frames in.
+
+    def _receive(self, connection: Connection, frame: Frame) -> None:
+        match frame.get("type"):
+            case "ack" | "error":
+                connection.receive_reply(frame)
+                self._pump()
+            case "expiring":
+                self._receive_expiring()
+            case "bye":
+                connection.receive_bye(read(frame, Bye))
+            case str():
+                name = frame.get("room")
+                room = self._rooms.get(name) if isinstance(name, str) else None
+                if room is not None:
+                    self._receive_in(room, frame)
+            case _:
+                raise FrameError("the server sent a frame without a type")
+
+    def _receive_in(self, room: Room, frame: Frame) -> None:
+        room.receive(frame)
+        if room.ended:
+            self._end(room.name, None)
+        elif room.wanting:
+            self.rejoin(room)
+
+    # Frames out.
+
+    def rejoin(self, room: Room) -> None:
+        """Join ``room`` again from where it is, as soon as can be. For the Room that asks."""
+        if room.wanting and self._rooms.get(room.name) is room:
+            self._outside[room] = None
+            self._pump()
+
+    def _pump(self) -> None:
+        """Write what may be written now; see to it that this is called again when more may."""
+        now = self._loop.time()
+        self._outbox.expire(now)
+        wake_at = self._outbox.wake_at(now)
+        connection = self._connection
+        if connection is not None and connection.open:
+            wake_at = min(
+                wake_at,
+                self._pump_joins(connection, now),
+                self._pump_messages(connection, now),
+                connection.watch(),
+            )
+        self._wake_at(wake_at)
+
+    def _pump_joins(self, connection: Connection, now: float) -> float:
+        later = math.inf
+        for room in list(self._outside):
+            at = max(room.not_before, now + connection.wait())
+            if at > now:
+                later = min(later, at)
+                continue
+            del self._outside[room]
+            if room.wanting:
+                self._ask_to_join(connection, room)
+        return later
+
+    def _ask_to_join(self, connection: Connection, room: Room) -> None:
+        since = room.ask()
+        fields: Frame = {"room": room.name}
+        if since is not None:
+            fields["since"] = asdict(since)
+        if room.last is not None:
+            fields["last"] = room.last
+        connection.command("join", lambda frame: self._receive_joined(room, frame), **fields)
+
+    def _receive_joined(self, room: Room, frame: Frame | None) -> None:
+        if frame is None or self._rooms.get(room.name) is not room:
+            return
+        if frame["type"] == "ack":
+            # Once is enough: a later join is to get all that it missed.
+            room.last = None
+            room.admit(read(frame, JoinAck))
+            return
+        error = read_error(frame)
+        if error.temporary:
+            room.postpone(self._loop.time() + wait_again(room.refusals, error.retry_after))
+            self._outside[room] = None
+        else:
+            room.refuse(error)
+            self._end(room.name, Left(room.name, error.code))
+
+    def _pump_messages(self, connection: Connection, now: float) -> float:
+        for message in self._outbox.due(now):
+            if (wait := connection.wait(send=True)) > 0.0:
+                return now + wait
+            self._outbox.begin(message, now)
+            connection.send(message.text, self._answer_to(message))
+        return math.inf
+
+    def _answer_to(self, message: Outgoing) -> Answered:
+        def answered(frame: Frame | None) -> None:
+            if frame is None:
+                self._outbox.lose(message)
+            elif frame["type"] == "ack":
+                self._outbox.acknowledge(message, read(frame, Position))
+            else:
+                self._outbox.refuse(message, read_error(frame), self._loop.time())
+
+        return answered
+
+    async def _ask(
+        self, kind: str, receive: Callable[[Frame], T], *, lasting: bool = True, **fields: Any
+    ) -> T:
+        """Send a command until it is acked; ``receive`` makes the result of the ack, in the
+        reader's turn: what follows the ack is to find its effect.
+
+        Raises `CommandError`, TimeoutError, and what `Closed` tells. Unless ``lasting``, to have no
+        connection is as good as an empty ack.
+        """
+        async with asyncio.timeout(self._deadline), self._asks:
+            for attempt in itertools.count():
+                connection = await self._opened() if lasting else self._connection
+                if connection is None or not connection.open:
+                    return receive({})
+                if (wait := connection.wait()) > 0.0:
+                    await asyncio.sleep(wait)
+                    continue
+                answer = await self._exchange(connection, kind, receive, fields)
+                if isinstance(answer, CommandError):
+                    if not answer.temporary:
+                        raise answer
+                    await asyncio.sleep(wait_again(attempt, answer.retry_after))
+                elif answer is not None:
+                    return answer[0]
+        raise AssertionError
+
+    async def _exchange(
+        self, connection: Connection, kind: str, receive: Callable[[Frame], T], fields: Frame
+    ) -> tuple[T] | CommandError | None:
+        """One attempt; None when the connection is lost before the answer comes."""
+        answer: asyncio.Future[tuple[T] | CommandError | None] = self._loop.create_future()
+
+        def answered(frame: Frame | None) -> None:
+            if frame is None:
+                _resolve(answer, None)
+            elif frame["type"] == "ack":
+                _resolve(answer, (receive(frame),))
+            else:
+                _resolve(answer, read_error(frame))
+
+        connection.command(kind, answered, **fields)
+        return await answer
+
+    def _end(self, name: str, why: Left | Exception | None) -> None:
+        room = self._rooms.pop(name, None)
+        if room is not None:
+            self._outside.pop(room, None)
+            room.end(why)
+
+    def _withdraw(self, room: Room) -> None:
+        """Nobody waits for this join any more."""
+        if self._rooms.get(room.name) is room:
+            self._end(room.name, None)
+            if self._connection is not None and self._connection.open:
+                self._connection.command("leave", lambda _: None, room=room.name)
+
+    # The timer.
+
+    def _wake_at(self, at: float) -> None:
+        if at == math.inf or isinstance(self.state, Closed):
+            return
+        if self._alarm is not None:
+            if self._alarm.when() <= at:
+                return
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._pump()
+
+    # The token.
+
+    def _receive_refreshed(self, frame: Frame) -> Refreshed:
+        refreshed = read(frame, Refreshed)
+        self.expires_at = refreshed.expires_at
+        if self._connection is not None:
+            left = self._connection.left(refreshed.expires_at)
+            self._tokens.accept(left, self._loop.time())
+        for name in refreshed.left:
+            self._end(name, Left(name, "forbidden"))
+        return refreshed
+
+    def _receive_expiring(self) -> None:
+        """Also while a token is being fetched: it may be older than the change of rights."""
+        if self._tokens.renewable:
+            self._stale = True
+            if self._refreshing is None:
+                self._refreshing = asyncio.create_task(self._keep_fresh())
+
+    async def _keep_fresh(self) -> None:
+        """Refresh, trying until it works or the connection ends; one such task at a time."""
+        try:
+            for attempt in itertools.count():
+                self._stale = False
+                try:
+                    await self.refresh()
+                # Whatever the application's function raises, the token in use is good for a
+                # while yet, and the next try may succeed.
+                except Exception as exc:  # noqa: BLE001
+                    log.warning("refreshing the token failed: %s", type(exc).__name__)
+                    if isinstance(exc, TokenRefusedError):
+                        return
+                    self._stale = True
+                    await asyncio.sleep(wait_again(attempt, getattr(exc, "retry_after", None)))
+                if not self._stale:
+                    return
+        finally:
+            self._refreshing = None
+
+
+def _nothing(_: Frame) -> None:
+    return None
+
+
+def _resolve(future: asyncio.Future[R], result: R) -> None:
+    """Unless whoever waited has gone."""
+    if not future.done():
+        future.set_result(result)
