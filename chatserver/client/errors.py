@@ -8,7 +8,7 @@ class ChatError(Exception):
 
     @property
     def final(self) -> bool:
-        """Whether to stay away: connecting again would end the same way."""
+        """Whether to stay away: connecting again, with a good token, would end the same way."""
         return False
 
 
@@ -31,7 +31,7 @@ class RefusedError(ChatError):
     @property
     def final(self) -> bool:
         # Behind a proxy, a server that restarts looks like 502 or 504.
-        return self.status < 500 and self.status not in (408, 425, 429)
+        return self.status < 500 and self.status not in (401, 408, 425, 429)
 
     def __str__(self) -> str:
         return f"refused with {self.status} {self.code or 'and no code'}: {self.message}"
@@ -39,6 +39,10 @@ class RefusedError(ChatError):
 
 class TokenRefusedError(RefusedError):
     """The server does not take this refresh token, and never will: somebody has to log in."""
+
+    @property
+    def final(self) -> bool:
+        return True
 
 
 class CommandError(ChatError):

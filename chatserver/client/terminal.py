@@ -176,7 +176,8 @@ class _Session:
             ) as client:
                 return await self._converse(client)
         except CommandError as exc:
-            say(f"Cannot join {escape(self._name)} ({escape(str(exc))}). {_advice(exc)}".rstrip())
+            why = f"({escape(exc.code)}): {escape(exc.message)}"
+            say(f"Cannot join {escape(self._name)} {why} {_advice(exc)}".rstrip())
         except (ChatError, TimeoutError) as exc:
             say(f"{self._explain(exc)} {_advice(exc)}".rstrip())
         except ValueError as exc:
@@ -247,7 +248,7 @@ class _Session:
                     self._screen.say("Connected again.")
                 self._online = True
             case Waiting():
-                seconds = state.until - time.time()
+                seconds = max(0.0, state.until - time.time())
                 self._screen.say(f"{self._explain(state.why)} Trying again in {seconds:.1f} s.")
                 self._online = False
         self._prompt()

@@ -38,7 +38,9 @@ class Peer:
     def __init__(self, socket: ServerConnection) -> None:
         self.socket = socket
 
-    async def welcome(self, **limits: int) -> None:
+    async def welcome(
+        self, *, expires_at: int = 900_000, interval: int = 25_000, **limits: int
+    ) -> None:
         await self.say(
             "welcome",
             protocol=1,
@@ -47,8 +49,8 @@ class Peer:
             user="alice",
             roles=["member"],
             ts=1_000,
-            expires_at=900_000,
-            ping_interval=25_000,
+            expires_at=expires_at,
+            ping_interval=interval,
             limits=LIMITS | limits,
         )
 
@@ -81,9 +83,11 @@ class Peer:
             await self.message(missed)
         return join
 
-    async def message(self, offset: int, body: Any = None, user: str = "bob") -> None:
+    async def message(
+        self, offset: int, body: Any = None, user: str = "bob", room: str = "general"
+    ) -> None:
         body = {"text": f"m{offset}"} if body is None else body
-        await self.say("message", room="general", offset=offset, ts=1, user=user, body=body)
+        await self.say("message", room=room, offset=offset, ts=1, user=user, body=body)
 
     async def store(self, send: Frame, offset: int) -> None:
         """Ack a send, and deliver it as the live event it has become."""

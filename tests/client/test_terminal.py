@@ -15,13 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from chatserver.client import Gap, Left, Message, Position, terminal
-from chatserver.client.stdin import PIECE, Lines
-from chatserver.client.terminal import chat, escape, render
+from chatserver.client import Event, Gap, Left, Message, Position, backoff, terminal
+from chatserver.client.screen import NAMES, Screen, colour_of, escape
+from chatserver.client.stdin import PIECE, Input, Lines
+from chatserver.client.terminal import chat
 from tests.client.scripted import PATIENCE, Peer, refused, scripted
 
 
-class Screen(io.StringIO):
+class Paper(io.StringIO):
     """A stream whose reader can wait for what is to appear."""
 
     def __init__(self) -> None:
@@ -43,10 +44,10 @@ class Screen(io.StringIO):
 
 
 class Desk:
-    """A user's seat: keys that feed stdin, and the two screens."""
+    """A user's seat: keys that feed stdin, and what comes out on two papers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.out, self.news = Screen(), Screen()
+        self.out, self.news = Paper(), Paper()
         reading, self._writing = os.pipe()
         self._stdin = os.fdopen(reading)
         # In the place of the module: pytest sets the streams of sys anew before each test.
@@ -73,17 +74,11 @@ async def desk(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
     desk.close()
 
 
-@pytest.fixture
-def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
-    """Waits before another try take no time; what they were to depend on is kept."""
-    asked: list[tuple[int, int | None]] = []
-
-    def wait_before(attempt: int, told: int | None) -> float:
-        asked.append((attempt, told))
-        return 0.0
-
-    monkeypatch.setattr(terminal, "wait_before", wait_before)
-    return asked
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits before another try take no time, unless they were told."""
+    monkeypatch.setattr(backoff, "LONGEST_AGAIN", 0)
+    monkeypatch.setattr("chatserver.client.client.Backoff", lambda *_: backoff.Backoff(0, 0))
 
 
 async def token() -> str:
@@ -92,6 +87,13 @@ async def token() -> str:
 
 def message(body: object, user: str = "bob") -> Message:
     return Message("general", Position("e1", 1), 1, user, body)
+
+
+def shown(event: Event, own: str = "alice", *, colour: bool = False) -> str:
+    """What a screen has on it, messages and news together."""
+    paper = io.StringIO()
+    Screen(paper, paper, colour=colour).show(event, own)
+    return paper.getvalue().removesuffix("\n")
 
 
 # What is shown.
@@ -114,15 +116,25 @@ def message(body: object, user: str = "bob") -> Message:
     ],
 )
 def test_a_message_is_one_harmless_line(body: object, line: str) -> None:
-    assert render(message(body), "alice") == line
+    assert shown(message(body)) == line
 
 
 def test_names_are_escaped_own_messages_marked_and_other_events_told() -> None:
-    assert render(message(1, user="b\x1bob"), "alice") == r"b\x1bob: 1"
-    assert render(message(1, user="alice"), "alice") == "> alice: 1"
-    assert render(Gap("general", Position("e", 1)), "alice").startswith("* ")
-    assert render(Left("general", "kicked"), "alice").endswith("general: kicked.")
+    assert shown(message(1, user="b\x1bob")) == r"b\x1bob: 1"
+    assert shown(message(1, user="alice")) == "> alice: 1"
+    assert shown(Gap("general", Position("e", 1))).startswith("* ")
+    assert shown(Left("general", "kicked")).endswith("general: kicked.")
     assert escape("plain") == "plain"
+
+
+def test_in_colour_each_name_has_its_own_and_nothing_of_a_stranger_gets_through() -> None:
+    line = shown(message({"text": "\x1b[31mhi"}, user="b\x1b[31mob"), colour=True)
+
+    assert line.count("\x1b") == 4
+    assert f"\x1b[{colour_of('b' + chr(27) + '[31mob')}m" in line
+    assert line.endswith(r" \x1b[31mhi")
+    assert colour_of("bob") == colour_of("bob")
+    assert len({colour_of(f"user-{n}") for n in range(100)}) == len(NAMES)
 
 
 async def test_a_stream_that_cannot_show_a_character_gets_its_escape(desk: Desk) -> None:
@@ -155,7 +167,7 @@ async def test_lines_come_whole_without_their_ends(kind: str, tmp_path: Path) ->
     else:
         (tmp_path / "in").write_bytes(data)
         reading = os.open(tmp_path / "in", os.O_RDONLY)
-    lines = Lines(reading)
+    lines = Lines(Input(reading))
     read = [await lines.read() for _ in range(9)]
     os.close(reading)
 
@@ -166,7 +178,7 @@ async def test_lines_come_whole_without_their_ends(kind: str, tmp_path: Path) ->
 
 async def test_a_read_cancelled_loses_nothing() -> None:
     reading, writing = os.pipe()
-    lines = Lines(reading)
+    lines = Lines(Input(reading))
     os.write(writing, "hé".encode()[:2])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
@@ -220,13 +232,13 @@ async def test_a_file_and_no_input_at_all_end_the_same_way(desk: Desk, tmp_path:
 
 
 async def test_a_line_refused_for_now_goes_again_under_its_key_and_one_refused_for_good_is_told(
-    desk: Desk, no_waits: list[tuple[int, int | None]]
+    desk: Desk,
 ) -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()
         await peer.admit(0)
         first = await peer.expect("send", body={"text": "one"})
-        await peer.error(first, "rate_limited", retry_after=350)
+        await peer.error(first, "rate_limited", retry_after=5)
         again = await peer.expect("send", body={"text": "one"}, key=first["key"])
         await peer.error(again, "unavailable")
         await peer.store(await peer.expect("send", key=first["key"]), 1)
@@ -239,7 +251,6 @@ async def test_a_line_refused_for_now_goes_again_under_its_key_and_one_refused_f
 
     assert desk.out.lines() == ["> alice: one"]
     assert desk.news.lines()[1:] == ["* Not sent (forbidden: No.): two"]
-    assert no_waits == [(0, 350), (1, None)]
 
 
 async def test_ctrl_c_ends_it_with_0_and_leaves_the_handler_as_it_was(desk: Desk) -> None:
@@ -271,9 +282,7 @@ async def test_being_cancelled_is_not_ctrl_c(desk: Desk) -> None:
             await chatting
 
 
-async def test_a_lost_connection_is_told_and_made_again_where_it_was(
-    desk: Desk, no_waits: list[tuple[int, int | None]]
-) -> None:
+async def test_a_lost_connection_is_told_and_made_again_where_it_was(desk: Desk) -> None:
     async def first(peer: Peer) -> None:
         await peer.welcome()
         await peer.admit(1, replay=1)
@@ -292,7 +301,7 @@ async def test_a_lost_connection_is_told_and_made_again_where_it_was(
     keys: list[str] = []
     desk.type("hello\n")
     desk.end()
-    async with scripted(first, refused(503, "draining", Retry_After="1"), second) as url:
+    async with scripted(first, refused(503, "draining", Retry_After="0"), second) as url:
         assert await chat(url, "general", token) == 0
 
     assert desk.out.lines() == ["bob: m1", "bob: m2", "bob: m3", "> alice: hello"]
@@ -301,12 +310,9 @@ async def test_a_lost_connection_is_told_and_made_again_where_it_was(
         "* The server refused the connection (503 draining): No. Trying again in 0.0 s.",
         "* Connected again.",
     ]
-    assert no_waits == [(0, 40), (1, 1000)]
 
 
-async def test_what_may_be_missing_after_a_reconnect_is_told(
-    desk: Desk, no_waits: list[tuple[int, int | None]]
-) -> None:
+async def test_what_may_be_missing_after_a_reconnect_is_told(desk: Desk) -> None:
     async def first(peer: Peer) -> None:
         await peer.welcome()
         await peer.admit(1)
@@ -323,24 +329,28 @@ async def test_what_may_be_missing_after_a_reconnect_is_told(
     assert "* Some messages may be missing here." in desk.news.lines()
 
 
-async def test_a_line_too_old_to_be_repeated_safely_is_given_up_and_told(
-    desk: Desk, no_waits: list[tuple[int, int | None]]
-) -> None:
-    async def script(peer: Peer) -> None:
-        await peer.welcome(key_window=-1)
+async def test_a_line_too_old_to_be_repeated_safely_is_given_up_and_told(desk: Desk) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.welcome(key_window=1)
         await peer.admit(0)
+        await peer.expect("send")
+        await peer.bye(1012, "draining", after=20)
+
+    async def second(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.admit(0, recovered=True)
 
     desk.type("hello\n")
-    desk.end()
-    async with scripted(script) as url:
-        assert await chat(url, "general", token) == 0
+    async with scripted(first, second) as url:
+        chatting = asyncio.create_task(chat(url, "general", token))
+        await desk.news.shows("Connected again")
+        desk.end()
+        assert await chatting == 0
 
-    assert desk.news.lines()[1:] == ["* Not known whether this was sent: hello"]
+    assert "* Not known whether this was sent: hello" in desk.news.lines()
 
 
-async def test_an_own_fault_is_not_repeated_for_ever(
-    desk: Desk, no_waits: list[tuple[int, int | None]]
-) -> None:
+async def test_an_own_fault_is_not_repeated_for_ever(desk: Desk) -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()
         await peer.socket.close(1007, "not UTF-8")
@@ -348,7 +358,7 @@ async def test_an_own_fault_is_not_repeated_for_ever(
     async with scripted(script, script, script) as url:
         assert await chat(url, "general", token) == 1
 
-    assert len(no_waits) == 2
+    assert len(desk.news.lines()) == 3
 
 
 # Ends that need somebody.
@@ -386,15 +396,16 @@ async def test_a_refused_handshake_is_told_and_gives_1(desk: Desk) -> None:
     ]
 
 
-async def test_a_token_refused_after_a_reconnect_gives_1(
-    desk: Desk, no_waits: list[tuple[int, int | None]]
-) -> None:
+async def test_a_token_that_has_expired_gives_1_when_there_is_no_other(desk: Desk) -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()
+        await peer.admit(0)
         await peer.bye(4401, "token_expired")
 
-    async with scripted(script, refused(401, "token_expired")) as url:
+    async with scripted(script) as url:
         assert await chat(url, "general", token) == 1
+
+    assert desk.news.lines()[-1] == "* Disconnected (4401 token_expired). Get a new token."
 
 
 async def test_a_room_refused_is_told_and_gives_1(desk: Desk) -> None:
