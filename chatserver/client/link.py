@@ -9,6 +9,7 @@ import asyncio
 import functools
 import json
 import logging
+import os
 import re
 import ssl
 from typing import Self
@@ -84,7 +85,11 @@ class Link:
             raise DisconnectedError(1002, str(exc)) from exc
         except TimeoutError as exc:
             raise DisconnectedError(1006, f"no answer in {deadline:g} s") from exc
-        except (OSError, WebSocketException) as exc:
+        except OSError as exc:
+            # Its own message names the addresses that were tried, and not always the reason.
+            why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
+            raise DisconnectedError(1006, f"cannot connect: {why}") from exc
+        except WebSocketException as exc:
             raise DisconnectedError(1006, f"cannot connect: {exc}") from exc
 
     @property

@@ -266,6 +266,8 @@ class _Session:
                 return f"The server refused the connection ({escape(code)}): {escape(exc.message)}"
             case DisconnectedError(code=1006) if not self._greeted:
                 return f"No connection to {_place(self._url)}: {escape(exc.reason)}."
+            case DisconnectedError(code=1006):
+                return f"No connection: {escape(exc.reason)}."
             case DisconnectedError():
                 return f"Disconnected ({exc.code} {escape(exc.reason)})."
             case TimeoutError():

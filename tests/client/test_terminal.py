@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -532,3 +533,50 @@ async def test_ctrl_c_ends_the_process_with_0_and_without_a_traceback(
         out, news = await chatting.communicate()
 
     assert (chatting.returncode, out, news) == (0, b"", b"")
+
+
+async def test_the_line_being_typed_stays_below_what_comes_in(tty: tuple[int, int]) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.admit(0)
+        await typed.wait()
+        await peer.message(1, {"text": "an interruption"})
+        await peer.store(await peer.expect("send", body={"text": "hello"}), 2)
+        os.write(ours, b"\x04")
+
+    seen = b""
+
+    async def shows(text: bytes) -> None:
+        """Wait for it, and pass over it."""
+        nonlocal seen
+        async with asyncio.timeout(PATIENCE):
+            while text not in seen:
+                try:
+                    seen += os.read(ours, 4096)
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)
+        seen = seen.partition(text)[2]
+
+    ours, theirs = tty
+    typed, before = asyncio.Event(), termios.tcgetattr(theirs)
+    os.set_blocking(ours, False)
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm"}
+    async with scripted(script) as url:
+        chatting = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", PROGRAM, url, "asyncio"),
+            stdin=theirs,
+            stdout=theirs,
+            cwd=Path(__file__).parents[2],
+            env=environment,
+        )
+        await shows(b"general> ")
+        os.write(ours, b"hel")
+        await shows(b"general> hel")
+        typed.set()
+        await shows(b"\r\x1b[Kbob: an interruption")
+        await shows(b"general> hel")
+        os.write(ours, b"lo\r")
+        await shows(b"> alice: hello")
+        assert await chatting.wait() == 0
+
+    assert termios.tcgetattr(theirs) == before
