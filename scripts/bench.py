@@ -27,6 +27,7 @@ import structlog
 from benchmark import (
     admission,
     chart,
+    clients,
     compression,
     crowd,
     fanout,
@@ -57,6 +58,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "slow": slow,
     "storm": storm,
     "rooms": rooms,
+    "clients": clients,
 }
 
 

@@ -288,14 +288,12 @@ class Client:
     async def _live(self) -> float | None:
         """One connection, to its end. Returns how long to wait before the next; None: it is over,
         which has been told."""
-        began = self._loop.time()
-        connection = await self._connect()
+        connection, lived = await self._connect(), 0.0
         if isinstance(connection, Connection):
-            began = self._loop.time()
             why = await self._converse(connection)
-            lived = self._loop.time() - began
+            lived = connection.age
         else:
-            why, lived = connection, 0.0
+            why = connection
         if isinstance(self.state, Closed):
             return None
         wait = self._backoff.wait_after(why, lived)
@@ -341,6 +339,8 @@ class Client:
             return self._refused(exc, expired=True) if exc.code == 4401 else exc
         finally:
             self._lose()
+            # Usually it has ended; but not when this task was cancelled, or is wrong.
+            connection.link.abort(DisconnectedError(1006, "dropped by this client"))
         raise AssertionError
 
     def _refused(self, why: ChatError, *, expired: bool) -> Exception:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -37,7 +37,7 @@ Save = Callable[["TokenPair"], Awaitable[None]]
 
 
 class TokenPair(msgspec.Struct, frozen=True):
-    """What a login and each trade give: `TokenPair(**answer)`. Times are in milliseconds."""
+    """What a login and each trade give. Times are in milliseconds since the Unix epoch."""
 
     access_token: str
     refresh_token: str
@@ -47,6 +47,15 @@ class TokenPair(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"<TokenPair of {self.session}>"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read a login's answer, or what `to_json` gave. Raises ValueError."""
+        return msgspec.json.decode(text, type=cls)
+
+    def to_json(self) -> str:
+        """As the server gives it. It is a secret: keep it as one."""
+        return msgspec.json.encode(self).decode()
 
 
 class TokenKeeper:
@@ -119,7 +128,7 @@ class TokenKeeper:
         )
         try:
             with _opener(self._url, self._tls).open(request, timeout=TRY_SECONDS) as answer:
-                return msgspec.json.decode(answer.read(ANSWER_BYTES), type=TokenPair)
+                return TokenPair.from_json(answer.read(ANSWER_BYTES))
         except urllib.error.HTTPError as exc:
             with exc:
                 _refuse(exc)

@@ -47,6 +47,12 @@ class _Socket(ClientConnection):
         self.heard_at = self.loop.time()
         super().data_received(data)
 
+    def forget_handshake(self) -> None:
+        """Its headers are a sixth of what a client takes, and hold the token."""
+        for message in (self.request, self.response):
+            if message is not None:
+                message.headers.clear()
+
 
 class Link:
     """An open connection that has been welcomed, made by `open`.
@@ -76,6 +82,7 @@ class Link:
             async with asyncio.timeout(deadline):
                 socket = await dial
                 assert isinstance(socket, _Socket)
+                socket.forget_handshake()
                 return cls(socket, await _receive_welcome(socket))
         except InvalidStatus as exc:
             raise _refused(exc.response) from None
@@ -86,9 +93,7 @@ class Link:
         except TimeoutError as exc:
             raise DisconnectedError(1006, f"no answer in {deadline:g} s") from exc
         except OSError as exc:
-            # Its own message names the addresses that were tried, and not always the reason.
-            why = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
-            raise DisconnectedError(1006, f"cannot connect: {why}") from exc
+            raise DisconnectedError(1006, f"cannot connect: {_reason(exc)}") from exc
         except WebSocketException as exc:
             raise DisconnectedError(1006, f"cannot connect: {exc}") from exc
 
@@ -135,6 +140,12 @@ def check_url(url: str) -> None:
 def default_tls() -> ssl.SSLContext:
     """One for all connections: the certificates of the world are large."""
     return ssl.create_default_context()
+
+
+def _reason(exc: OSError) -> str:
+    """asyncio's own message names the addresses that were tried, and not always what was wrong."""
+    known = exc.errno is not None and exc.errno > 0 and not isinstance(exc, ssl.SSLError)
+    return os.strerror(exc.errno or 0) if known else str(exc)
 
 
 def _dial(url: str, token: str, tls: ssl.SSLContext | None) -> websockets_connect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from tests.faults.run import KINDS, Run, Shape, Verdict
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 for a promise that was broken."""
     options = _parser().parse_args(arguments)
+    # What clients warn of is what a run is about.
+    logging.basicConfig(level=logging.ERROR)
     if options.check is not None:
         return _check_again(options.check)
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
