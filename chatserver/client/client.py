@@ -1,21 +1,18 @@
-"""A client that stays: it reconnects, recovers and refreshes by itself, and says what it does.
+"""A client that stays: what applications call, and what becomes of it on the wire.
 
-One task for each client supervises: it connects, reads every frame, and waits before it connects
-again. It never waits for anything else, so a room nobody reads delays no reply. Decisions are made
-in pure modules beside this one (backoff, outbox, pace, positions, pulse), which get the time as an
-argument; frames are written without waiting, for what is unanswered is bounded: `UNACKNOWLEDGED`
-messages, `ASKING` other commands, and one join for each room.
+Decisions are made in pure modules beside this one (backoff, outbox, pace, positions, pulse), which
+get the time as an argument. Nothing waits for a write, and no room for another: frames are written
+at once, for what is unanswered is bounded: `UNACKNOWLEDGED` messages, `ASKING` other commands, and
+one join for each room.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import itertools
 import logging
 import math
 import ssl
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -25,7 +22,7 @@ from msgspec.structs import asdict
 
 from .backoff import FIRST, LONGEST, Backoff, wait_again
 from .connection import Answered, Connection, read_error
-from .errors import ChatError, CommandError, DisconnectedError, RefusedError, TokenRefusedError
+from .errors import CommandError, DisconnectedError, TokenRefusedError
 from .events import (
     Bye,
     Frame,
@@ -36,17 +33,15 @@ from .events import (
     Pong,
     Position,
     Refreshed,
-    Welcome,
     encode,
-    parse,
     read,
     read_history,
 )
-from .link import Link, check_url
+from .lifeline import Lifeline
 from .outbox import Outbox, Outgoing
 from .room import Room
-from .states import Closed, Connecting, Open, State, Waiting
-from .tokens import NoTokenError, Tokens, TokenSource
+from .states import Closed, State
+from .tokens import TokenSource
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,11 +49,6 @@ log = logging.getLogger("chatserver.client")
 
 UNACKNOWLEDGED = 64
 ASKING = 64
-# Frames read before the tasks that take events from rooms get their turn: one read from the
-# socket may hold thousands, which would fill a room's queue though its reader is quick.
-TURN = 128
-# Connecting with its welcome, or a new token.
-CONNECT_SECONDS = 10.0
 
 
 @asynccontextmanager
@@ -97,7 +87,7 @@ async def connect(
         await client.close()
 
 
-class Client:
+class Client(Lifeline):
     """A user's seat at the server, made by `connect`.
 
     Commands wait while there is no connection. They raise `CommandError` when the server refuses
@@ -105,8 +95,6 @@ class Client:
     a `DisconnectedError`, a `RefusedError`, or what the token's function raised at last.
     """
 
-    welcome: Welcome
-    """The latest connection's."""
     expires_at: int
     """When the current token expires, in milliseconds of the server's clock."""
 
@@ -121,28 +109,19 @@ class Client:
         on_state: Callable[[State], None] | None,
         tls: ssl.SSLContext | None,
     ) -> None:
-        check_url(url)
-        self.state: State = Connecting()
-        self._url = url
-        self._tls = tls
+        super().__init__(url, token, patience, backoff, on_state, tls)
         self._deadline = deadline
         self._bound = queue
-        self._backoff = backoff
-        self._on_state = on_state
-        self._loop = asyncio.get_running_loop()
-        self._patient_until = self._loop.time() + patience
-        self._tokens = Tokens(token, CONNECT_SECONDS)
-        self._change: asyncio.Future[None] | None = None
         self._slots = asyncio.Semaphore(UNACKNOWLEDGED)
         self._asks = asyncio.Semaphore(ASKING)
         self._outbox = Outbox()
         self._rooms: dict[str, Room] = {}
         self._outside: dict[Room, None] = {}
-        self._connection: Connection | None = None
+        """Rooms to be joined as soon as can be."""
         self._alarm: asyncio.TimerHandle | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._stale = False
-        self._supervisor = asyncio.create_task(self._supervise())
+        """A token is wanted that is newer than any that was asked for."""
 
     def __repr__(self) -> str:
         who = f"{self.welcome.connection} of {self.welcome.user}" if self._welcomed else "new"
@@ -160,7 +139,7 @@ class Client:
         Room in the place of the old.
         """
         self._check_open()
-        self._end(name, None)
+        self._quit(name, None)
         room = self._rooms[name] = Room(self, name, since, last, self._bound)
         self.rejoin(room)
         try:
@@ -173,7 +152,7 @@ class Client:
 
     async def leave(self, name: str) -> None:
         """Stop receiving a room; its iteration ends. Leaving one not joined is no error."""
-        self._end(name, None)
+        self._quit(name, None)
         # Another connection would not join it.
         await self._ask("leave", _nothing, lasting=False, room=name)
 
@@ -257,123 +236,23 @@ class Client:
 
     async def close(self) -> None:
         """End it; iterations end, and what still waits raises `DisconnectedError` with 1000."""
-        self._finish(None)
-        if self._connection is not None:
-            link = self._connection.link
-            self._lose()
-            await link.close()
-        tasks = [task for task in (self._supervisor, self._refreshing) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._tokens.close()
+        refreshing = self._refreshing
+        await super().close()
+        if refreshing is not None:
+            await asyncio.gather(refreshing, return_exceptions=True)
 
-    async def opened(self) -> None:
-        """Wait until there is a connection. Raises what `Closed` tells."""
-        await self._opened()
-
-    # The supervisor.
-
-    async def _supervise(self) -> None:
-        try:
-            while (wait := await self._live()) is not None:
-                await asyncio.sleep(wait)
-                self._tell(Connecting())
-        except Exception as exc:
-            # A mistake in this very module: nobody must wait for ever because of it.
-            log.exception("the client failed")
-            self._finish(exc)
-            self._lose()
-
-    async def _live(self) -> float | None:
-        """One connection, to its end. Returns how long to wait before the next; None: it is over,
-        which has been told."""
-        connection, lived = await self._connect(), 0.0
-        if isinstance(connection, Connection):
-            why = await self._converse(connection)
-            lived = connection.age
-        else:
-            why = connection
-        if isinstance(self.state, Closed):
-            return None
-        wait = self._backoff.wait_after(why, lived)
-        if isinstance(why, NoTokenError):
-            why, wait = why.why, None
-        if wait is None or not self._is_patient(wait):
-            self._finish(why)
-            return None
-        self._tell(Waiting(time.time() + wait, why))
-        return wait
-
-    async def _connect(self) -> Connection | Exception:
-        try:
-            token = await self._tokens.get(self._loop.time())
-            link = await Link.open(self._url, token, self._tls, CONNECT_SECONDS)
-        except TokenRefusedError as exc:
-            return exc
-        except RefusedError as exc:
-            if exc.status == 401:
-                return self._refused(exc, expired=exc.code == "token_expired")
-            return exc
-        except (ChatError, NoTokenError, TimeoutError) as exc:
-            return exc
-        # Whatever the application's function raises may pass, but for the first time: then it is
-        # more likely to be a mistake, and somebody waits who can be told.
-        except Exception as exc:  # noqa: BLE001
-            return exc if self._welcomed else NoTokenError(exc)
-        return Connection(link, self._loop)
-
-    async def _converse(self, connection: Connection) -> Exception:
-        """Returns why it ended."""
-        try:
-            self._begin(connection)
-            for count in itertools.count(1):
-                self._receive(connection, parse(await connection.link.receive()))
-                if count % TURN == 0:
-                    await asyncio.sleep(0)
-        except FrameError as exc:
-            self._lose()
-            await connection.link.close(1002)
-            return DisconnectedError(1002, str(exc))
-        except DisconnectedError as exc:
-            return self._refused(exc, expired=True) if exc.code == 4401 else exc
-        finally:
-            self._lose()
-            # Usually it has ended; but not when this task was cancelled, or is wrong.
-            connection.link.abort(DisconnectedError(1006, "dropped by this client"))
-        raise AssertionError
-
-    def _refused(self, why: ChatError, *, expired: bool) -> Exception:
-        """The token is not good any more: final when there cannot be another."""
-        self._tokens.refuse(why, expired=expired)
-        return why if self._tokens.renewable else NoTokenError(why)
-
-    @property
-    def _welcomed(self) -> bool:
-        return hasattr(self, "welcome")
-
-    def _is_patient(self, wait: float) -> bool:
-        return self._welcomed or self._loop.time() + wait <= self._patient_until
+    # The connection comes and goes.
 
     def _begin(self, connection: Connection) -> None:
-        welcome = connection.link.welcome
-        self._connection = connection
-        self.welcome = welcome
-        self.expires_at = welcome.expires_at
-        self._tokens.accept(connection.left(welcome.expires_at), self._loop.time())
-        self._outbox.window = welcome.limits.key_window / 1000
+        self.expires_at = connection.link.welcome.expires_at
+        self._outbox.window = connection.link.welcome.limits.key_window / 1000
         for room in self._rooms.values():
             room.not_before = 0.0
             if room.wanting:
                 self._outside[room] = None
-        self._tell(Open(welcome.connection))
         self._pump()
 
-    def _lose(self) -> None:
-        """The connection is gone: nothing of it will come any more."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
+    def _lose(self, connection: Connection) -> None:
         if self._refreshing is not None:
             self._refreshing.cancel()
         if self._stale:
@@ -384,47 +263,12 @@ class Client:
         connection.lose()
         self._pump()
 
-    def _finish(self, why: Exception | None) -> None:
-        if isinstance(self.state, Closed):
-            return
-        self._tell(Closed(why))
+    def _end(self, why: Exception | None) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
         for name in list(self._rooms):
-            self._end(name, why)
+            self._quit(name, why)
         self._outbox.close(self._over())
-
-    def _tell(self, state: State) -> None:
-        if isinstance(self.state, Closed):
-            return
-        self.state = state
-        if self._change is not None:
-            self._change.set_result(None)
-            self._change = None
-        if self._on_state is not None:
-            try:
-                self._on_state(state)
-            # The application's mistake is not to take its connection with it.
-            except Exception:
-                log.exception("on_state raised")
-
-    def _over(self) -> Exception:
-        assert isinstance(self.state, Closed)
-        if self.state.why is None:
-            return DisconnectedError(1000, "closed by this client")
-        return copy.copy(self.state.why)
-
-    def _check_open(self) -> None:
-        if isinstance(self.state, Closed):
-            raise self._over()
-
-    async def _opened(self) -> Connection:
-        while self._connection is None or not self._connection.open:
-            self._check_open()
-            if self._change is None:
-                self._change = self._loop.create_future()
-            await asyncio.shield(self._change)
-        return self._connection
 
     # Frames in.
 
@@ -448,7 +292,7 @@ class Client:
     def _receive_in(self, room: Room, frame: Frame) -> None:
         room.receive(frame)
         if room.ended:
-            self._end(room.name, None)
+            self._quit(room.name, None)
         elif room.wanting:
             self.rejoin(room)
 
@@ -510,7 +354,7 @@ class Client:
             self._outside[room] = None
         else:
             room.refuse(error)
-            self._end(room.name, Left(room.name, error.code))
+            self._quit(room.name, Left(room.name, error.code))
 
     def _pump_messages(self, connection: Connection, now: float) -> float:
         for message in self._outbox.due(now):
@@ -574,7 +418,7 @@ class Client:
         connection.command(kind, answered, **fields)
         return await answer
 
-    def _end(self, name: str, why: Left | Exception | None) -> None:
+    def _quit(self, name: str, why: Left | Exception | None) -> None:
         room = self._rooms.pop(name, None)
         if room is not None:
             self._outside.pop(room, None)
@@ -583,7 +427,7 @@ class Client:
     def _withdraw(self, room: Room) -> None:
         """Nobody waits for this join any more."""
         if self._rooms.get(room.name) is room:
-            self._end(room.name, None)
+            self._quit(room.name, None)
             if self._connection is not None and self._connection.open:
                 self._connection.command("leave", lambda _: None, room=room.name)
 
@@ -611,7 +455,7 @@ class Client:
             left = self._connection.left(refreshed.expires_at)
             self._tokens.accept(left, self._loop.time())
         for name in refreshed.left:
-            self._end(name, Left(name, "forbidden"))
+            self._quit(name, Left(name, "forbidden"))
         return refreshed
 
     def _receive_expiring(self) -> None:

@@ -116,7 +116,7 @@ async def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.Monkey
     async def script(peer: Peer) -> None:
         await peer.socket.wait_closed()
 
-    monkeypatch.setattr("chatserver.client.client.CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr("chatserver.client.lifeline.CONNECT_SECONDS", 0.05)
     async with scripted(script) as url:
         with pytest.raises(DisconnectedError, match="no answer"):
             async with connect(url, token="t", patience=0):
