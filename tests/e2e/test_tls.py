@@ -13,9 +13,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from chatserver.client import DisconnectedError, TokenKeeper, TokenPair, connect
 from tests.conftest import StartWorker
 from tests.support.client import Client
+from tests.support.sessions import office
 from tests.support.tokens import Issuer
+from tests.support.valkey import Valkey
 from tests.support.worker import Worker
 
 
@@ -71,6 +74,29 @@ async def test_many_connect_and_talk_over_tls(secure: Worker, issuer: Issuer, ro
         return ack["type"], code
 
     assert set(await asyncio.gather(*(visit(n) for n in range(40)))) == {("ack", 4503)}
+
+
+async def test_the_python_client_and_its_keeper_do_so_as_well(
+    secure: Worker, issuer: Issuer, valkey: Valkey, room: str
+) -> None:
+    url, saved = secure.url.replace("ws:", "wss:"), []
+
+    async def save(pair: TokenPair) -> None:
+        saved.append(pair)
+
+    async with office(valkey.url, issuer) as login:
+        pair = TokenPair(**(await login.begin())._asdict())
+    keeper = TokenKeeper(url, pair, save=save, tls=trusting())
+    async with connect(url, token=keeper, tls=trusting()) as client:
+        await client.refresh()
+        joined = await client.join(room)
+        position = await joined.send("hello")
+        assert (await anext(joined)).position == position  # type: ignore[union-attr]
+    with pytest.raises(DisconnectedError, match="CERTIFICATE_VERIFY_FAILED"):
+        async with connect(url, token=pair.access_token, patience=0):
+            pass
+
+    assert saved == [keeper.pair]
 
 
 async def test_the_token_routes_are_under_tls_too(secure: Worker) -> None:
