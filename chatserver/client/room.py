@@ -111,8 +111,11 @@ class Room:
         return await self._client.history(self.name, before=before, after=after, limit=limit)
 
     async def leave(self) -> None:
-        """Stop receiving this room; see `Client.leave`."""
-        await self._client.leave(self.name)
+        """Stop receiving this room; see `Client.leave`. Nothing to do for one that has ended."""
+        if not self._ended:
+            await self._client.leave(self.name)
+
+    # What the client asks and tells.
 
     @property
     def wanting(self) -> bool:

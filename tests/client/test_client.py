@@ -345,6 +345,7 @@ async def test_joining_again_ends_the_room_of_before() -> None:
     async with scripted(script) as url, connect(url, token="t") as client:
         before = await client.join("general", last=1)
         after = await client.join("general", last=1)
+        await before.leave()
         assert offsets([event async for event in before]) == [1]
         assert offsets(await take(after, 1)) == [1]
 
