@@ -187,7 +187,7 @@ class Client(Lifeline):
             finally:
                 self._outbox.discard(message)
         if isinstance(settled, Exception):
-            raise settled
+            raise settled.with_traceback(None)
         return settled
 
     async def history(

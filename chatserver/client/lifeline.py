@@ -6,7 +6,6 @@ A single task supervises: it connects, reads every frame, and waits before it co
 from __future__ import annotations
 
 import asyncio
-import copy
 import itertools
 import logging
 import ssl
@@ -209,7 +208,8 @@ class Lifeline(ABC):
         assert isinstance(self.state, Closed)
         if self.state.why is None:
             return DisconnectedError(1000, "closed by this client")
-        return copy.copy(self.state.why)
+        # Raised more than once: what it has gathered on the way belongs to others.
+        return self.state.why.with_traceback(None)
 
     def _check_open(self) -> None:
         if isinstance(self.state, Closed):

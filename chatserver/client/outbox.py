@@ -8,7 +8,6 @@ of its room. Pure: times are arguments, in seconds of one clock.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -143,7 +142,7 @@ class Outbox:
             # Also when the last attempt was refused: an earlier one may have been stored.
             self._settle(message, UnknownOutcomeError(message.key, why))
         else:
-            self._settle(message, copy.copy(why))
+            self._settle(message, why)
 
     def _settle(self, message: Outgoing, outcome: Position | Exception) -> None:
         if self._messages.pop(message, message) is None:

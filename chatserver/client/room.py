@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
@@ -88,7 +87,7 @@ class Room:
             if self._ended:
                 if self._lost is None:
                     raise StopAsyncIteration
-                raise copy.copy(self._lost)
+                raise self._lost.with_traceback(None)
             await self._arrival()
 
     async def _arrival(self) -> None:
@@ -168,7 +167,7 @@ class Room:
         refused = await self._admission
         self._admission = None
         if refused is not None:
-            raise refused
+            raise refused.with_traceback(None)
 
     def _answer(self, refused: Exception | None) -> None:
         if self._admission is not None and not self._admission.done():
@@ -197,7 +196,7 @@ class Room:
             self._put(self._place.position or self.position, why)
         else:
             self._lost = why
-        self._answer(copy.copy(self._lost))
+        self._answer(self._lost)
         self._wake()
 
     def _put(self, position: Position, event: Event | None) -> None:

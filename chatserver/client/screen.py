@@ -9,7 +9,7 @@ import termios
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from .editor import Editor
@@ -24,6 +24,10 @@ NAMES = (32, 33, 34, 35, 36, 92, 94, 95, 96)
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 # To the beginning of the line, and nothing in it.
 CLEAR = "\r\x1b[K"
+
+
+class ScreenLostError(Exception):
+    """Nobody can see it any more: the terminal, or the reader of a pipe, has gone."""
 
 
 def escape(text: str) -> str:
@@ -75,9 +79,15 @@ class Screen:
         return f"{DIM}{at}{PLAIN} {style}{mark}{name}{PLAIN} {words(message)}"
 
     def _write(self, stream: TextIO, line: str) -> None:
+        self._print(stream, line + "\n")
+
+    def _print(self, stream: TextIO, text: str) -> None:
         encoding = stream.encoding or "utf-8"
-        stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
+        try:
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.flush()
+        except OSError as exc:
+            raise ScreenLostError(str(exc)) from exc
 
 
 class Terminal(Screen):
@@ -97,9 +107,9 @@ class Terminal(Screen):
         try:
             yield
         finally:
-            termios.tcsetattr(fd, termios.TCSADRAIN, before)
-            self._out.write(CLEAR)
-            self._out.flush()
+            with suppress(termios.error, ScreenLostError):
+                termios.tcsetattr(fd, termios.TCSADRAIN, before)
+                self._print(self._out, CLEAR)
 
     def resume(self, fd: int) -> None:
         """Take the terminal back after the process was stopped (Ctrl-Z)."""
@@ -117,23 +127,17 @@ class Terminal(Screen):
         columns = shutil.get_terminal_size().columns - len(self.prompt)
         text, behind = self._editor.view(max(8, columns))
         back = f"\x1b[{behind}D" if behind else ""
-        self._put(f"{CLEAR}{DIM if self._colour else ''}{self.prompt}")
-        self._put(f"{PLAIN if self._colour else ''}{escape(text)}{back}")
-        self._out.flush()
+        dim, plain = (DIM, PLAIN) if self._colour else ("", "")
+        self._print(self._out, f"{CLEAR}{dim}{self.prompt}{plain}{escape(text)}{back}")
 
     def wipe(self) -> None:
         """Begin anew at the top (Ctrl-L)."""
-        self._put("\x1b[2J\x1b[H")
+        self._print(self._out, "\x1b[2J\x1b[H")
         self.draw()
 
     def _write(self, stream: TextIO, line: str) -> None:
-        self._put(CLEAR)
-        super()._write(stream, line)
+        super()._write(stream, CLEAR + line)
         self.draw()
-
-    def _put(self, text: str) -> None:
-        encoding = self._out.encoding or "utf-8"
-        self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def colour_of(name: str) -> int:

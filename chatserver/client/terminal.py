@@ -20,7 +20,7 @@ from .editor import Editor, Key
 from .errors import ChatError, CommandError, DisconnectedError, RefusedError, UnknownOutcomeError
 from .events import Position
 from .room import Room
-from .screen import Screen, Terminal, escape
+from .screen import Screen, ScreenLostError, Terminal, escape
 from .states import Open, State, Waiting
 from .stdin import Input, Lines, pieces
 
@@ -57,10 +57,10 @@ Read = Callable[[], Awaitable[str | None]]
 async def chat(url: str, room: str, token: Callable[[], Awaitable[str]]) -> int:
     """Chat in ``room`` until the input ends or Ctrl-C, and return an exit code.
 
-    0 for these two. 1, after a line that says what happened and what to do, when the server
-    refuses the connection or the room, cannot be reached at the start, or ends the connection for
-    good. ``token`` is asked for each new token; what it raises at the start comes out of here.
-    Needs the main thread, for Ctrl-C.
+    0 for these two. 1 when nobody is left to see it, and, after a line that says what happened and
+    what to do, when the server refuses the connection or the room, cannot be reached at the start,
+    or ends the connection for good. ``token`` is asked for each new token; what it raises at the
+    start comes out of here. Needs the main thread, for Ctrl-C.
     """
     loop = asyncio.get_running_loop()
     task = asyncio.create_task(_chat(url, room, token))
@@ -82,8 +82,11 @@ async def chat(url: str, room: str, token: Callable[[], Awaitable[str]]) -> int:
 
 
 async def _chat(url: str, room: str, token: Callable[[], Awaitable[str]]) -> int:
-    async with _seat() as (screen, read):
-        return await _Session(url, room, screen, read).run(token)
+    try:
+        async with _seat() as (screen, read):
+            return await _Session(url, room, screen, read).run(token)
+    except ScreenLostError:
+        return 1
 
 
 @contextlib.asynccontextmanager
@@ -121,17 +124,18 @@ async def _keyboard(fd: int) -> AsyncIterator[tuple[Screen, Read]]:
 async def _type(
     keys: Input, editor: Editor, terminal: Terminal, typed: asyncio.Queue[str | None]
 ) -> None:
-    while (text := await keys.read()) is not None:
-        for found in editor.feed(text):
-            match found:
-                case str():
-                    for piece in pieces(found):
-                        await typed.put(piece)
-                case Key.END:
-                    await typed.put(None)
-                case Key.REDRAW:
-                    terminal.wipe()
-        terminal.draw()
+    with contextlib.suppress(ScreenLostError):
+        while (text := await keys.read()) is not None:
+            for found in editor.feed(text):
+                match found:
+                    case str():
+                        for piece in pieces(found):
+                            await typed.put(piece)
+                    case Key.END:
+                        await typed.put(None)
+                    case Key.REDRAW:
+                        terminal.wipe()
+            terminal.draw()
     await typed.put(None)
 
 
@@ -242,6 +246,11 @@ class _Session:
         return last
 
     def _receive_state(self, state: State) -> None:
+        # Whoever reads the input, or shows the next message, notices as well, and can end it.
+        with contextlib.suppress(ScreenLostError):
+            self._tell(state)
+
+    def _tell(self, state: State) -> None:
         match state:
             case Open():
                 if self._greeted:

@@ -1066,6 +1066,18 @@ async def test_what_the_function_raises_comes_out_at_first_and_is_borne_later() 
     assert reasons == [DisconnectedError, ZeroDivisionError]
 
 
+async def test_an_exception_of_the_application_comes_out_as_it_is_however_it_is_made() -> None:
+    class OddError(Exception):
+        def __init__(self, *, needed: str) -> None:
+            super().__init__(needed)
+
+    async with scripted() as url:
+        for _ in range(2):
+            with pytest.raises(OddError, match="a key"):
+                async with swift(url, token=Source(OddError(needed="a key"))):
+                    pass
+
+
 async def test_a_session_that_is_over_ends_the_client() -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()

@@ -535,6 +535,35 @@ async def test_ctrl_c_ends_the_process_with_0_and_without_a_traceback(
     assert (chatting.returncode, out, news) == (0, b"", b"")
 
 
+@pytest.mark.parametrize("online", [True, False])
+async def test_a_terminal_that_goes_away_ends_it(online: bool) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.admit(0)
+        await (peer.socket.wait_closed() if online else peer.bye(1012, "draining", after=60_000))
+
+    ours, theirs = pty.openpty()
+    async with scripted(script) as url:
+        chatting = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", PROGRAM, url, "asyncio"),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "TERM": "xterm"},
+        )
+        os.close(theirs)
+        seen = b""
+        while b"general" not in seen or not (online or b"offline" in seen):
+            seen += await asyncio.to_thread(os.read, ours, 4096)
+        os.close(ours)
+        async with asyncio.timeout(PATIENCE):
+            _, news = await chatting.communicate()
+
+    assert chatting.returncode in (0, 1)
+    assert news == b""
+
+
 async def test_the_line_being_typed_stays_below_what_comes_in(tty: tuple[int, int]) -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()
