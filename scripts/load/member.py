@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from chatserver.client.backoff import wait_before
+from chatserver.client.backoff import full_jitter
 
 from .agenda import SECOND
 from .connection import Connection
@@ -120,7 +120,7 @@ class Member:
                 return
             after = refusal.retry_after
             told = None if after is None else int(after * 1000)
-            await asyncio.sleep(wait_before(self._attempt, told))
+            await asyncio.sleep(full_jitter(self._attempt) if told is None else told / 1000)
             self._attempt += 1
 
     async def _next_token(self) -> str:
@@ -133,7 +133,7 @@ class Member:
                 return await credentials.renew(self.index, self._crowd.source(self.index))
             except OSError:
                 self._crowd.tally.counts["refused_no_answer"] += 1
-                await asyncio.sleep(wait_before(self._attempt, None))
+                await asyncio.sleep(full_jitter(self._attempt))
                 self._attempt += 1
 
     def _give_up(self, why: str) -> None:
@@ -183,7 +183,8 @@ class Member:
         self._in_flight = 0
 
     async def _come_back(self) -> None:
-        await asyncio.sleep(wait_before(self._attempt, self._bye_after))
+        told = self._bye_after
+        await asyncio.sleep(full_jitter(self._attempt) if told is None else told / 1000)
         self._attempt += 1
         self._bye_after = None
         await self.enter(self._dropped_at or self._due)

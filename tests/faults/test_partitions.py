@@ -20,6 +20,7 @@ import pytest_asyncio
 
 from tests.conftest import AMPLE
 from tests.faults.checker import Report, check
+from tests.faults.clients import Client
 from tests.faults.fleet import Fleet
 from tests.faults.history import Closed, History, Logged, Sent
 from tests.faults.nemesis import Nemesis, Theatre
@@ -135,6 +136,7 @@ async def test_workers_cut_off_from_the_store_say_so_and_catch_up_on_the_same_so
     await join_two_rooms(stage.fleet)
     others = Fleet(History(), stage.fleet.issuer, stage.fleet.urls)
     asking = others.enlist(unique("asking"), [], {"elsewhere": "rw"})
+    assert isinstance(asking, Client)
     await others.ready(PATIENCE)
     publishing = stage.fleet.publish(60)
     assert await more_are_acked(stage, 10)
