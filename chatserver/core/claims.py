@@ -109,8 +109,10 @@ def _check_header(header: Mapping[str, object]) -> None:
 
 def _check_parties(claims: Mapping[str, object], issuer: str, audience: str) -> None:
     # Equality refuses a list of audiences as well: a token for others is not for us.
-    if claims.get("iss") != issuer or claims.get("aud") != audience:
-        raise ValueError("iss or aud is another than ours")
+    if claims.get("iss") != issuer:
+        raise ValueError("iss is another than ours")
+    if claims.get("aud") != audience:
+        raise ValueError("aud is another than ours")
 
 
 def _times(claims: Mapping[str, object], now: float) -> tuple[int, int]:
