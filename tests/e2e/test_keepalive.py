@@ -15,7 +15,7 @@ from tests.support.worker import PATIENCE
 
 
 async def _next_ping(raw: Raw) -> float:
-    while (await raw.frame())[0] != Opcode.PING:
+    while (await raw.frame(pings=True))[0] != Opcode.PING:
         pass
     return time.monotonic()
 

@@ -283,16 +283,19 @@ class Raw:
     async def answer(self, within: float = 0) -> Answer:
         return Answer(await self.read_to_end(within))
 
-    async def frame(self) -> tuple[int, bytes]:
-        """One frame from the server: its opcode and payload."""
+    async def frame(self, *, pings: bool = False) -> tuple[int, bytes]:
+        """One frame from the server: its opcode and payload. Its pings only if they are wanted."""
         async with asyncio.timeout(PATIENCE):
-            first, second = await self._reader.readexactly(2)
-            assert first & 0x80, "the server fragments nothing"
-            assert not second & 0x80, "a server masks nothing"
-            size = second & 0x7F
-            if size > 125:
-                size = int.from_bytes(await self._reader.readexactly(2 if size == 126 else 8))
-            return first & 0x0F, await self._reader.readexactly(size)
+            while True:
+                first, second = await self._reader.readexactly(2)
+                assert first & 0x80, "the server fragments nothing"
+                assert not second & 0x80, "a server masks nothing"
+                size = second & 0x7F
+                if size > 125:
+                    size = int.from_bytes(await self._reader.readexactly(2 if size == 126 else 8))
+                opcode, payload = first & 0x0F, await self._reader.readexactly(size)
+                if pings or opcode != Opcode.PING:
+                    return opcode, payload
 
     async def json(self) -> Frame:
         """The next text frame, decoded."""
