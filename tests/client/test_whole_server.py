@@ -80,6 +80,12 @@ async def bodies(room: Room, count: int) -> list[object]:
     return found
 
 
+async def listen(room: Room, heard: list[object]) -> None:
+    async for event in room:
+        assert isinstance(event, Message), event
+        heard.append(event.body)
+
+
 async def test_killed_workers_cost_nobody_a_message(stage: Theatre) -> None:
     name, kills = unique("room"), 2
     sent = itertools.count()
@@ -91,6 +97,8 @@ async def test_killed_workers_cost_nobody_a_message(stage: Theatre) -> None:
 
     async with swift(stage, "alice") as alice, swift(stage, "bob") as bob:
         room = await bob.join(name)
+        heard: list[object] = []
+        listening = asyncio.create_task(listen(room, heard))
         talking = asyncio.create_task(talk(alice))
         for slot in range(kills):
             pid = stage.server.worker(slot)
@@ -99,7 +107,9 @@ async def test_killed_workers_cost_nobody_a_message(stage: Theatre) -> None:
             await stage.server.replaced(slot, pid)
         done.set()
         await talking
-        heard = await bodies(room, next(sent))
+        total = next(sent)
+        await eventually(lambda: len(heard) == total, within=4 * PATIENCE)
+        listening.cancel()
 
     assert heard == list(range(len(heard)))
     assert len(heard) > 10
