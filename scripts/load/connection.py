@@ -106,6 +106,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._owner.opening = self
         self._flush()
 
     def data_received(self, data: bytes) -> None:

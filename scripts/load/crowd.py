@@ -133,30 +133,26 @@ class Crowd:
     async def dial(self, owner: Owner, token: str) -> Refusal | None:
         """Connect and shake hands. Returns why not, or None, with the owner's ``opening`` open."""
         loop = asyncio.get_running_loop()
-
-        def connection() -> Connection:
-            owner.opening = Connection(owner, self._uri, token, self._reader)
-            return owner.opening
-
+        connection: Connection | None = None
         async with self._handshakes:
             sock = self._socket(owner.index)
             try:
                 async with asyncio.timeout(HANDSHAKE_SECONDS):
                     await loop.sock_connect(sock, self._address.place)
-                    _, opening = await loop.create_connection(
-                        connection,
+                    _, connection = await loop.create_connection(
+                        lambda: Connection(owner, self._uri, token, self._reader),
                         sock=sock,
                         ssl=self._tls,
                         server_hostname=self._uri.host if self._tls else None,
                     )
-                    return await opening.opened
+                    return await connection.opened
             except TimeoutError:
                 refusal = Refusal("timeout")
             except OSError as error:
-                refusal = Refusal(errno.errorcode.get(error.errno or 0, type(error).__name__))
-            if owner.opening is not None:
-                owner.opening.cut()
-                owner.opening = None
+                refusal = Refusal(_name(error))
+            if connection is not None:
+                connection.cut()
+            owner.opening = None
             sock.close()
             return refusal
 
@@ -241,3 +237,10 @@ class Crowd:
             member.leave()
         for task in self._tasks:
             task.cancel()
+
+
+def _name(error: OSError) -> str:
+    """Such as ``ECONNREFUSED``, or ``SSLCertVerificationError``, whose number means nothing."""
+    if isinstance(error, ssl.SSLError) or error.errno is None:
+        return type(error).__name__
+    return errno.errorcode.get(error.errno, type(error).__name__)

@@ -196,6 +196,15 @@ def test_who_is_not_let_in_ends_with_69_and_says_what_to_do(server: Server, tmp_
     assert outcome.err == f"loadtest: Nobody got in at {server.url}.\n"
 
 
+def test_where_tls_is_not_spoken_nobody_gets_in(server: Server, tmp_path: Path) -> None:
+    words = ["connect", *FEW, "--url", server.url.replace("ws:", "wss:"), "--grace", "0.1"]
+    outcome = Command(tmp_path, *words, **environment(server)).outcome()
+
+    assert outcome.code == 69
+    assert outcome.found["counts"]["refused_SSLError"] >= 24
+    assert outcome.err == f"loadtest: Nobody got in at wss:{server.url[3:]}.\n"
+
+
 def test_a_rate_above_the_servers_is_named_and_costs_no_message(
     server: Server, tmp_path: Path
 ) -> None:
