@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 
@@ -126,7 +127,8 @@ class Coordinator:
 
     def _tell(self, order: Order) -> None:
         for pipe in self._pipes:
-            pipe.send(order)
+            with suppress(BrokenPipeError):  # Its end is heard, and fails the run.
+                pipe.send(order)
 
     def _hear(self, number: int, pipe: Pipe) -> None:
         try:

@@ -98,15 +98,15 @@ def chat(crowd: Crowd, began: int) -> None:
 
     def act(member: Member, due: int) -> None:
         again(member, due)
-        if not member.rooms or member.connection is None:
-            return
         room, drawn = chance.choice(member.rooms), chance.random()
-        if drawn < CHAT_HISTORY:
+        if drawn >= CHAT_HISTORY + CHAT_MOVES:
+            member.publish(room, due)  # Who is away sends it when back.
+        elif member.connection is None:
+            pass
+        elif drawn < CHAT_HISTORY:
             member.history(room, due)
-        elif drawn < CHAT_HISTORY + CHAT_MOVES:
-            move(member, room, due)
         else:
-            member.publish(room, due)
+            move(member, room, due)
 
     def move(member: Member, room: str, due: int) -> None:
         other = room_name(options, chance.randrange(options.rooms))
