@@ -47,6 +47,7 @@ from chatserver.store.topology import (
     hung_up,
     place_of,
     receive,
+    send,
 )
 
 ROUND_TRIP_SECONDS = CONNECT_SECONDS
@@ -253,7 +254,7 @@ class Lane:
                 commands = [request.command for request in batch]
                 if self._replicas:
                     commands.append(["WAIT", self._replicas, REPLICA_MILLISECONDS])
-                await self._connection.send_packed_command(packed(commands), check_health=False)
+                await send(self._connection, packed(commands))
                 if self._replicas:
                     # None is told before all is known to be safe.
                     replies = self._confirmed([await self._read_reply() for _ in commands])
@@ -466,7 +467,7 @@ class Subscription:
         if commands:
             packed = self._connection.pack_commands(commands)
             async with asyncio.timeout(ROUND_TRIP_SECONDS):
-                await self._connection.send_packed_command(packed, check_health=False)
+                await send(self._connection, packed)
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()

@@ -370,9 +370,16 @@ async def exchange(
     connection: AbstractConnection, commands: Sequence[Sequence[bytes | str]]
 ) -> list[Any]:
     """Send commands and read their replies. Raises the first that is an error."""
-    packed = connection.pack_commands(commands)
-    await connection.send_packed_command(packed, check_health=False)
+    await send(connection, connection.pack_commands(commands))
     return [await receive(connection) for _ in commands]
+
+
+async def send(connection: AbstractConnection, packed: Iterable[bytes]) -> None:
+    """Write packed commands. Raises NoConnection, beside what redis-py raises."""
+    try:
+        await connection.send_packed_command(packed, check_health=False)
+    except RuntimeError as error:  # uvloop's, when the other end has reset it a moment ago
+        raise NoConnection(str(error)) from None
 
 
 class Garbled(ConnectionError):
@@ -411,4 +418,4 @@ def hang_up(connection: AbstractConnection) -> None:
 def hung_up(connection: AbstractConnection) -> bool:
     """Whether it has ended, by the other end or by ``hang_up``."""
     reader = connection._reader
-    return reader is None or reader.at_eof()
+    return reader is None or reader.at_eof() or reader.exception() is not None

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio.connection import Connection as RedisConnection
@@ -534,3 +535,40 @@ async def test_flipped_bits_end_no_lane_and_no_subscription(
         await until_it_answers(lanes[1])
     finally:
         await proxy.close()
+
+
+def test_a_connection_that_is_reset_in_the_moment_of_writing_ends_neither(
+    own_valkey: Valkey,
+) -> None:
+    """On uvloop, whose transports then raise what is no OSError."""
+
+    async def main() -> None:
+        proxy = Proxy(own_valkey.socket)
+        await proxy.start()
+        running = Running()
+        url = f"redis://127.0.0.1:{proxy.port}/0"
+        lane, heard = running.lane(url), running.subscription(url)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                for n in range(5):
+                    await write_amid_a_reset(lane, heard, proxy, n)
+            assert not any(task.done() for task in running.tasks), running.tasks
+        finally:
+            await end(running.tasks)
+            await proxy.close()
+
+    uvloop.run(main())
+
+
+async def write_amid_a_reset(lane: Lane, heard: Heard, proxy: Proxy, n: int) -> None:
+    await until_it_answers(lane)
+    heard.subscription.subscribe(f"before-{n}")
+    await eventually(lambda: f"before-{n}" in heard.confirmed)
+    connections: list[Any] = [lane._connection, heard.subscription._connection]
+    transports = [connection._writer.transport for connection in connections]
+    proxy.reset()
+    while not any(transport.is_closing() for transport in transports):
+        await asyncio.sleep(0)
+    heard.subscription.subscribe(f"after-{n}")
+    await answers(lane)
+    await eventually(lambda: f"after-{n}" in heard.confirmed)
