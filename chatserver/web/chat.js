@@ -1,0 +1,1034 @@
+/**
+ * The chatserver client for browsers, React Native and Node.js: one module without dependencies.
+ *
+ *     const client = connect("wss://chat.example/v1/ws", { token: fetchToken });
+ *     const room = await client.join("general", { last: 20 });
+ *     await room.send({ text: "hello" });
+ *     for await (const event of room) console.log(event);
+ *
+ * It has the names and the behaviour of the Python client. Fields are named as on the wire, times
+ * are milliseconds. In the order of the file: errors; a link, which is one connection; a room,
+ * which knows what is new and what is missing; a client, which outlives its links; a token keeper.
+ */
+
+const DEADLINE = 10_000;
+/** Events that wait in a room to be taken. */
+const QUEUE = 1024;
+/** Commands that wait for their answer. */
+const OUTBOX = 256;
+/** Full jitter: the limit of the first wait, and the longest. */
+const FIRST_WAIT = 1_000;
+const LONGEST_WAIT = 30_000;
+/** After so long a connection has been a good one, and what failed before it is forgotten. */
+const STEADY = 10_000;
+/** So soon an answer must come when there is reason to doubt the connection. */
+const PROBE = 3_000;
+/** How long a key is remembered, until a welcome has told. */
+const KEY_WINDOW = 600_000;
+/** An access token that ends sooner is not worth a handshake. */
+const SPENT = 5_000;
+
+const FINAL = 4500;
+const OWN_FAULTS = [1002, 1007];
+const OWN_FAULT_TRIES = 3;
+const TEMPORARY = ["rate_limited", "unavailable", "internal", "token_expired"];
+
+// --- errors ------------------------------------------------------------------------------------
+
+/** Whatever the server, or the way to it, made of a request. */
+export class ChatError extends Error {
+  name = "ChatError";
+}
+
+/** An HTTP answer that is no success: to a handshake, or to a token. `code` is undefined when the
+ *  answer was not chatserver's (a proxy's). `retry_after` is in milliseconds. */
+export class RefusedError extends ChatError {
+  name = "RefusedError";
+
+  constructor(status, code, message, retry_after) {
+    super(`refused with ${status} ${code ?? "and no code"}: ${message}`);
+    Object.assign(this, { status, code, retry_after });
+  }
+}
+
+/** The server's answer to a command is an error; the connection goes on. */
+export class CommandError extends ChatError {
+  name = "CommandError";
+
+  constructor(code, message, { retry_after, path } = {}) {
+    super(`${code}: ${message}${path ? ` (${path})` : ""}`);
+    Object.assign(this, { code, retry_after, path });
+  }
+
+  /** Whether the same command may succeed a little later. */
+  get temporary() {
+    return TEMPORARY.includes(this.code);
+  }
+}
+
+/** There is no connection any more. `code` is the close code, 1006 where none came; `after` is how
+ *  long the server wants one to stay away. */
+export class DisconnectedError extends ChatError {
+  name = "DisconnectedError";
+
+  constructor(code, reason, after) {
+    super(`disconnected with ${code} ${reason}`.trimEnd());
+    Object.assign(this, { code, reason, after });
+  }
+
+  /** Whether coming back would end the same way. */
+  get final() {
+    return this.code >= FINAL;
+  }
+}
+
+/** A message was not acknowledged while its key was remembered. If it was `tried`, it may have been
+ *  stored, and sending it again may say it twice; otherwise it never left. */
+export class UnconfirmedError extends ChatError {
+  name = "UnconfirmedError";
+
+  constructor(tried) {
+    super(tried ? "no acknowledgement came: it may be stored or not" : "it was never sent");
+    this.tried = tried;
+  }
+}
+
+/** More is waiting to be answered than the client's `outbox` holds. */
+export class OverflowError extends ChatError {
+  name = "OverflowError";
+}
+
+/** No answer came within the deadline. */
+export class TimeoutError extends ChatError {
+  name = "TimeoutError";
+}
+
+async function refusal(response) {
+  const seconds = response.headers.get("Retry-After") ?? "";
+  const error = await response.json().then((body) => body.error, () => undefined);
+  return new RefusedError(
+    response.status,
+    error?.code,
+    error?.message ?? response.statusText,
+    /^\d{1,6}$/.test(seconds) ? Number(seconds) * 1000 : undefined,
+  );
+}
+
+/** Whether it is chatserver that refuses, and always will. A proxy's 404 is a deployment. */
+const isPermanent = ({ status, code }) =>
+  status >= 400 && status < 500 && status !== 429 && code !== undefined;
+
+// --- one link ----------------------------------------------------------------------------------
+
+/**
+ * One connection, from the handshake to its end. It matches replies with their commands and finds
+ * out when nobody is there any more: a browser shows no WebSocket ping, so silence is asked with
+ * the protocol's own, and what is asked must be answered within the deadline.
+ *
+ * Calls back: `opened(welcome)`, `received(event)`, and once, at the end, `lost(error)`.
+ */
+function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lost }) {
+  const replies = new Map();
+  const socket = new WebSocket(url, ["chat.v1", `bearer.${token}`]);
+  let upgraded = false;
+  let welcome;
+  let over = false;
+  let next = 1;
+  let heard = performance.now();
+  let asked = heard;
+  let timer = setTimeout(() => end(disconnected("no welcome came in time")), deadline);
+
+  const disconnected = (reason) => new DisconnectedError(1006, reason);
+
+  function end(error, code) {
+    if (over) return;
+    over = true;
+    clearTimeout(timer);
+    socket.onopen = socket.onmessage = socket.onclose = null;
+    socket.close(code);
+    lost(error);
+    for (const done of replies.values()) done(error);
+  }
+
+  function watch() {
+    clearTimeout(timer);
+    const owed = replies.size > 0;
+    const due = owed ? Math.max(heard, asked) + deadline : heard + welcome.ping_interval;
+    const left = due - performance.now();
+    if (left > 0) timer = setTimeout(watch, left);
+    else if (owed) end(disconnected("no answer came in time"));
+    else call("ping", {}, () => {});
+  }
+
+  /** `done(error, ack)` is called once, before anything that follows the reply is looked at.
+   *  `body` is JSON already: what is repeated must be what was sent first. */
+  function call(type, fields, done, body) {
+    const id = next++;
+    let text = JSON.stringify({ type, id, ...fields });
+    if (body !== undefined) text = `${text.slice(0, -1)},"body":${body}}`;
+    if (isLonger(text, welcome.limits.frame_bytes)) {
+      // Sent, it would end the connection instead of being answered.
+      done(new CommandError("too_large", "The command is larger than limits.frame_bytes."));
+      return;
+    }
+    if (replies.size === 0) asked = performance.now();
+    replies.set(id, done);
+    socket.send(text);
+    watch();
+  }
+
+  function settle(frame) {
+    const done = replies.get(frame.id);
+    if (done === undefined) return;
+    // Replies come in the order of the commands: one that was passed over will never come.
+    if (replies.keys().next().value !== frame.id) return end(disconnected("a reply is missing"));
+    replies.delete(frame.id);
+    asked = heard;
+    if (frame.type === "ack") done(undefined, frame);
+    else done(new CommandError(frame.code, frame.message, frame));
+  }
+
+  function receive(frame) {
+    if (frame.type === "bye") {
+      end(new DisconnectedError(frame.code, frame.reason, frame.after));
+    } else if (welcome === undefined) {
+      if (frame.type !== "welcome") throw new TypeError("no welcome");
+      welcome = frame;
+      opened(frame);
+      if (!over) watch();
+    } else if (frame.type === "ack" || frame.type === "error") {
+      settle(frame);
+    } else {
+      received(frame);
+    }
+  }
+
+  socket.onopen = () => {
+    upgraded = true;
+  };
+  socket.onmessage = ({ data }) => {
+    heard = performance.now();
+    try {
+      receive(JSON.parse(data));
+    } catch (cause) {
+      const error = disconnected("the server sent what is not version 1 of the protocol");
+      end(Object.assign(error, { cause }));
+    }
+  };
+  socket.onclose = async ({ code, reason }) => {
+    if (upgraded) return end(new DisconnectedError(code === 1005 ? 1006 : code, reason));
+    // The handshake failed, and a browser does not say why.
+    end(await whyRefused(url, token, fetch, deadline));
+  };
+  // What it says, the close that follows it says, too.
+  socket.onerror = () => {};
+
+  return {
+    call,
+    close: () => end(new DisconnectedError(1000, "closed by this client"), 1000),
+    /** Ask whether anybody is there, because something has happened to the network. */
+    probe() {
+      const before = heard;
+      call("ping", {}, () => {});
+      setTimeout(() => heard === before && end(disconnected("no answer to a probe")), PROBE);
+    },
+  };
+}
+
+async function whyRefused(url, token, fetch, deadline) {
+  const failed = (reason) => new DisconnectedError(1006, reason);
+  try {
+    return await within(deadline, async (signal) => {
+      const headers = { Authorization: `Bearer ${token}` };
+      const answer = await fetch(overHttp(url), {
+        headers, signal, cache: "no-store", credentials: "omit",
+      });
+      return answer.status === 426 ? failed("the handshake failed") : refusal(answer);
+    });
+  } catch {
+    return failed("the server cannot be reached");
+  }
+}
+
+// --- a room ------------------------------------------------------------------------------------
+
+/**
+ * One joined room: the protocol's rules of positions, and a bounded queue of events to be taken.
+ *
+ * `phase` is "out" (not joined on this link), "asked" (a join is under way: what comes before its
+ * ack is part of the hole, or of its replay), "live", "full" (nobody takes the events: they are let
+ * go until the queue is empty, and then asked for again) or "ended". `enter` asks for a join.
+ */
+function openRoom(name, { since, last }, bound, enter, commands) {
+  const queue = [];
+  const waiting = [];
+  let phase = "out";
+  let reached = since;
+  let admitted = false;
+  let position = since;
+  let head;
+  let rights = "";
+  let failure;
+
+  function push(where, event) {
+    queue.push({ where, event });
+    wake();
+  }
+
+  function wake() {
+    for (const resolve of waiting.splice(0)) resolve();
+  }
+
+  /** Move to `where`, if there is room for it. */
+  function put(where, event) {
+    if (queue.length >= bound) {
+      phase = "full";
+      return;
+    }
+    reached = where;
+    push(where, event);
+  }
+
+  function move(frame) {
+    const offset = frame.offset;
+    if (!Number.isSafeInteger(offset) || offset <= reached.offset) return;
+    if (offset === reached.offset + 1) {
+      const where = { epoch: reached.epoch, offset };
+      put(where, frame.type === "message" ? readMessage(frame, where) : undefined);
+    } else if (queue.length < bound) {
+      enter(inner);
+    } else {
+      phase = "full";
+    }
+  }
+
+  async function* events() {
+    for (;;) {
+      while (queue.length > 0) {
+        const taken = queue.shift();
+        position = taken.where;
+        if (taken.event !== undefined) yield taken.event;
+      }
+      if (phase === "ended") {
+        if (failure !== undefined) throw failure;
+        return;
+      }
+      if (phase === "full") enter(inner);
+      await new Promise((resolve) => waiting.push(resolve));
+    }
+  }
+
+  const room = {
+    name,
+    get rights() {
+      return rights;
+    },
+    get head() {
+      return head;
+    },
+    get position() {
+      return position;
+    },
+    send: (body, options) => commands.send(name, body, options),
+    history: (options) => commands.history(name, options),
+    leave: () => commands.leave(name),
+    [Symbol.asyncIterator]: events,
+  };
+
+  const inner = {
+    room,
+    name,
+    command: undefined,
+    get phase() {
+      return phase;
+    },
+    get admitted() {
+      return admitted;
+    },
+    /** The fields of the join that goes on from where it is. */
+    asking() {
+      phase = "asked";
+      const fresh = !admitted && last !== undefined;
+      return { room: name, ...(reached && { since: reached }), ...(fresh && { last }) };
+    },
+    admit(ack) {
+      const end = readPosition(ack);
+      const start = { epoch: end.epoch, offset: end.offset - ack.replay };
+      if (!Number.isSafeInteger(start.offset)) throw new TypeError("replay");
+      [rights, head, reached, phase] = [ack.rights, end, start, "live"];
+      if (!admitted) position = start;
+      admitted = true;
+      // Whatever the bound: what was lost must not be forgotten as well.
+      if (ack.recovered === false) push(start, gap(start, ack.gap));
+    },
+    receive(frame) {
+      if (frame.type === "left") {
+        inner.end({ type: "left", room: name, reason: frame.reason });
+      } else if (phase !== "live") {
+        return;
+      } else if (frame.type === "epoch") {
+        put(readPosition({ epoch: frame.epoch, offset: reached.offset }));
+      } else if (frame.type === "reset") {
+        const where = readPosition(frame);
+        put(where, gap(where));
+      } else {
+        move(frame);
+      }
+    },
+    /** The link is gone. A full room stays full: it is joined again once somebody takes events. */
+    lose() {
+      if (phase === "asked" || phase === "live") phase = "out";
+    },
+    /** The iteration ends after the events that wait: with `left`, an error, or just so. */
+    end(left, error) {
+      if (phase === "ended") return;
+      phase = "ended";
+      failure = error;
+      if (left !== undefined) queue.push({ where: reached, event: left });
+      wake();
+    },
+  };
+
+  const gap = (where, missed) => ({
+    type: "gap", room: name, position: where, first: missed?.from, last: missed?.to,
+  });
+
+  return inner;
+}
+
+function readPosition({ epoch, offset }) {
+  if (typeof epoch !== "string" || !Number.isSafeInteger(offset)) throw new TypeError("position");
+  return { epoch, offset };
+}
+
+function readMessage({ room, ts, user, body, key }, position) {
+  return { type: "message", room, position, ts, user, body, key };
+}
+
+function readHistory(ack) {
+  const { events } = ack;
+  return {
+    position: readPosition(ack),
+    messages: events
+      .filter((event) => event.type === "message")
+      .map((event) => readMessage(event, { epoch: ack.epoch, offset: event.offset })),
+    first: events[0]?.offset,
+    last: events.at(-1)?.offset,
+    more: ack.more,
+  };
+}
+
+// --- a client ----------------------------------------------------------------------------------
+
+/**
+ * Connect to `url` (`wss://…/v1/ws`) and stay connected until `close()`, or until coming back is of
+ * no use. Returns at once; commands wait for the connection. chat.d.ts tells of every part.
+ */
+export function connect(url, options) {
+  const { token, deadline = DEADLINE, queue = QUEUE, outbox = OUTBOX } = options;
+  const { WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = options;
+  const address = overWebSocket(url);
+  const source = typeof token === "function" ? token : undefined;
+  if (source === undefined) checkToken(token);
+  if (WebSocket === undefined) throw new TypeError("There is no WebSocket here: pass one.");
+
+  const rooms = new Map();
+  /** Sends by room, oldest first. */
+  const outboxes = new Map();
+  /** Those that are not answered for good. */
+  const commands = new Set();
+  const watchers = new Set();
+  let waiting = 0;
+  let state = { name: "connecting" };
+  let over;
+  let line; // The link, from the beginning of its handshake,
+  let link; // and from its welcome on.
+  let nap;
+  let welcome;
+  let skew = 0;
+  let expires_at;
+  let current = source === undefined ? token : undefined;
+  let used; // The token that the link goes by, of which expires_at speaks.
+  let stale = false;
+  let attempt = 0;
+  let faults = 0;
+  let leaving = false;
+
+  const now = () => Date.now() + skew;
+
+  function become(next) {
+    state = Object.freeze(next);
+    for (const watcher of watchers) queueMicrotask(() => watchers.has(watcher) && watcher(next));
+  }
+
+  // Connecting, and coming back.
+
+  async function run() {
+    while (over === undefined) {
+      become({ name: "connecting" });
+      const { error, lasted } = await attend();
+      if (over !== undefined) return;
+      const wait = judge(error, lasted);
+      if (wait === undefined) return finish(error);
+      become({ name: "waiting", until: Date.now() + wait.ms, error });
+      nap = doze(wait.ms);
+      nap.told = wait.told;
+      await nap.over;
+    }
+  }
+
+  /** One connection, from the token to the end. */
+  async function attend() {
+    let began;
+    try {
+      const spent = stale || (current === used && expires_at - now() < SPENT);
+      if (source !== undefined && (current === undefined || spent)) await obtain();
+      if (over !== undefined) return {};
+    } catch (error) {
+      return { error, lasted: 0 };
+    }
+    const error = await new Promise((lost) => {
+      const opened = (frame) => {
+        began = performance.now();
+        open(frame);
+      };
+      const ended = (why) => {
+        line = link = undefined;
+        for (const room of rooms.values()) room.lose();
+        lost(why);
+      };
+      const how = { url: address, token: current, deadline, WebSocket, fetch };
+      line = openLink({ ...how, opened, received, lost: ended });
+    });
+    return { error, lasted: began === undefined ? 0 : performance.now() - began };
+  }
+
+  function open(frame) {
+    if (welcome !== undefined && welcome.user !== frame.user) {
+      // Positions and keys are one user's own.
+      finish(new CommandError("identity_mismatch", "The new token is another user's."));
+      return;
+    }
+    welcome = frame;
+    skew = frame.ts - Date.now();
+    [used, expires_at] = [current, frame.expires_at];
+    link = line;
+    become({ name: "open" });
+    for (const room of rooms.values()) if (room.phase === "out") enter(room);
+    for (const command of commands) command.go();
+  }
+
+  /** How long to wait before coming back, and whether the server said so; undefined is never. */
+  function judge(error, lasted) {
+    if (lasted >= STEADY) attempt = faults = 0;
+    const { code } = error;
+    const tokenOver = error.status === 401 || code === 4401;
+    if (tokenOver) {
+      stale = true;
+      if (source === undefined || code === "token_revoked") return undefined;
+    } else if (error instanceof RefusedError && isPermanent(error)) return undefined;
+    if (error instanceof DisconnectedError && error.final) return undefined;
+    const own = OWN_FAULTS.includes(code) || (error.status === 401 && code !== "token_expired");
+    if (own && ++faults >= OWN_FAULT_TRIES) return undefined;
+    const wait = jitter(attempt++);
+    if (error.after !== undefined) return { ms: error.after, told: true };
+    // A crowd that was told the same second is to be spread over more than that.
+    if (error.retry_after !== undefined) return { ms: error.retry_after + wait, told: true };
+    return { ms: wait, told: false };
+  }
+
+  /** The network may be another one now: see whether the link is alive, or do without the wait.
+   *  What the server asked for is waited all the same. */
+  function wake() {
+    if (link !== undefined) link.probe();
+    else if (nap?.told === false) nap.end();
+  }
+
+  function finish(error, quiet = false) {
+    if (over !== undefined) return;
+    over = error;
+    const told = quiet || (leaving && error.code === 4503) ? undefined : error;
+    ignoreNetwork();
+    line?.close();
+    nap?.end();
+    for (const room of rooms.values()) {
+      room.command?.cancel();
+      room.end(undefined, told);
+      room.settle(error);
+    }
+    rooms.clear();
+    for (const posts of outboxes.values()) for (const post of posts.splice(0)) post.settle(error);
+    for (const command of commands) command.end(error);
+    become({ name: "closed", error: told });
+  }
+
+  // Tokens.
+
+  let obtaining;
+  function obtain(rightsChanged = false) {
+    obtaining ??= within(deadline, async () => {
+      current = checkToken(await source({ stale: current, now: rightsChanged }));
+      stale = false;
+      return current;
+    })
+      .catch((error) => {
+        if (error instanceof RefusedError && error.status === 401) finish(error);
+        throw error;
+      })
+      .finally(() => {
+        obtaining = undefined;
+      });
+    return obtaining;
+  }
+
+  /** Refresh until it works, or the link ends; one such loop at a time. */
+  let renewing;
+  let rightsChanged = false;
+  function renew() {
+    renewing ??= (async (on) => {
+      let fresh;
+      for (let tries = 0; ; tries++) {
+        try {
+          if (rightsChanged || fresh === undefined) {
+            const again = rightsChanged;
+            // One that is being fetched already may be older than the change.
+            if (again) await obtaining?.catch(() => {});
+            rightsChanged = false;
+            fresh = await obtain(again);
+          }
+          const refreshed = await put(on, fresh);
+          if (!rightsChanged) return refreshed;
+        } catch (error) {
+          if (on === undefined || on !== link) throw error;
+          if (error instanceof CommandError && !error.temporary) fresh = undefined;
+          await doze(error.retry_after ?? jitter(tries)).over;
+          if (on !== link) throw error;
+        }
+      }
+    })(link).finally(() => {
+      renewing = undefined;
+    });
+    return renewing;
+  }
+
+  /** Put a token in the place of the link's own. */
+  function put(on, fresh) {
+    return new Promise((resolve, reject) => {
+      if (on === undefined || on !== link) {
+        reject(over ?? new DisconnectedError(1006, "not connected"));
+        return;
+      }
+      on.call("refresh", { token: fresh }, (error, ack) => {
+        if (error !== undefined) return reject(error);
+        const { roles, left } = ack;
+        [current, used, expires_at, stale] = [fresh, fresh, ack.expires_at, false];
+        for (const name of left) drop(name, { type: "left", room: name, reason: "forbidden" });
+        resolve({ expires_at, roles, left });
+      });
+    });
+  }
+
+  // What comes.
+
+  function received(frame) {
+    if (frame.type === "expiring") {
+      if (source === undefined) return;
+      stale = true;
+      rightsChanged ||= frame.now === true;
+      renew().catch(() => {}); // The end of the link says why.
+      return;
+    }
+    const room = rooms.get(frame.room);
+    if (room === undefined) return;
+    room.receive(frame);
+    if (room.phase === "ended") drop(frame.room);
+  }
+
+  function enter(room) {
+    const settle = (error) => {
+      room.command = undefined;
+      if (error === undefined) room.settle();
+      else if (!room.admitted) drop(room.name, undefined, error);
+      else drop(room.name, { type: "left", room: room.name, reason: error.code });
+    };
+    room.command ??= repeat("join", room.asking, settle, { read: room.admit });
+    room.command.go();
+  }
+
+  /** Forget a room; its iteration ends, and if it was not yet joined its join fails. */
+  function drop(name, left, error) {
+    const room = rooms.get(name);
+    if (room === undefined) return;
+    rooms.delete(name);
+    room.command?.cancel();
+    room.end(left, error);
+    room.settle(error ?? new ChatError(`${name} was left, or joined again, before it was joined`));
+  }
+
+  // Commands.
+
+  /** A command that is repeated, on this link or the next, until it is answered for good. Then, if
+   *  it is not cancelled, `settle(error, value)` is called, with what `read` makes of the ack.
+   *  `given` tells of an error for which it must not be repeated any more. */
+  function repeat(type, fields, settle, { body, read = () => {}, given = () => undefined } = {}) {
+    let tries = 0;
+    let timer;
+    const command = {
+      /** Its answer is awaited. */
+      out: false,
+      go() {
+        if (link === undefined || command.out || !commands.has(command)) return;
+        clearTimeout(timer);
+        const error = given();
+        if (error !== undefined) return command.end(error);
+        command.out = true;
+        link.call(type, fields(), answered, body);
+      },
+      end(error, value) {
+        command.cancel();
+        settle(error, value);
+      },
+      cancel() {
+        clearTimeout(timer);
+        commands.delete(command);
+      },
+    };
+    function answered(error, ack) {
+      command.out = false;
+      if (!commands.has(command)) return;
+      if (error === undefined) {
+        command.end(undefined, read(ack));
+      } else if (error instanceof DisconnectedError) {
+        const late = given();
+        if (late !== undefined) command.end(late);
+      } else if (error.temporary) {
+        timer = setTimeout(command.go, error.retry_after ?? jitter(tries++));
+      } else {
+        command.end(error);
+      }
+    }
+    commands.add(command);
+    return command;
+  }
+
+  /** Count one more that waits, or say why it cannot. */
+  function admit() {
+    if (over !== undefined) throw over;
+    if (waiting >= outbox) throw new OverflowError(`${outbox} commands wait for their answer`);
+    waiting += 1;
+  }
+
+  async function ask(type, fields, read) {
+    admit();
+    let command;
+    try {
+      return await within(deadline, () => new Promise((resolve, reject) => {
+        command = repeat(type, () => fields, either(resolve, reject), { read });
+        command.go();
+      }));
+    } finally {
+      waiting -= 1;
+      command.cancel();
+    }
+  }
+
+  /** One message of a room is under way at a time: what is sent first stands first, whatever is
+   *  refused, lost or repeated. */
+  async function send(name, body, { key = uuid(), echo = true } = {}) {
+    const text = JSON.stringify(body);
+    if (text === undefined) throw new TypeError("A body is a JSON value.");
+    admit();
+    const age = stopwatch();
+    const posts = outboxes.get(name) ?? [];
+    outboxes.set(name, posts);
+    let timer;
+    try {
+      return await new Promise((resolve, reject) => {
+        const post = { tried: false, settle: either(resolve, reject) };
+        // The server counts from when it stores it, this client from before that, and what is
+        // repeated must also arrive in time.
+        const late = () => {
+          const window = welcome?.limits.key_window ?? KEY_WINDOW;
+          const limit = window - Math.min(deadline, window / 10);
+          return age() < limit ? undefined : new UnconfirmedError(post.tried);
+        };
+        const settled = (error, position) => {
+          posts.splice(posts.indexOf(post), 1);
+          post.settle(error, position);
+          if (posts.length > 0) posts[0].begin();
+          else if (outboxes.get(name) === posts) outboxes.delete(name);
+        };
+        post.begin = () => {
+          const fields = () => {
+            post.tried = true;
+            return { room: name, key, ...(echo ? {} : { echo }) };
+          };
+          const more = { body: text, given: late, read: readPosition };
+          post.command = repeat("send", fields, settled, more);
+          post.command.go();
+        };
+        const expire = () => {
+          const error = late();
+          if (error === undefined) timer = setTimeout(expire, 1_000);
+          else if (post.command === undefined) settled(error);
+          else if (!post.command.out) post.command.end(error);
+        };
+        timer = setTimeout(expire, welcome?.limits.key_window ?? KEY_WINDOW);
+        posts.push(post);
+        if (posts.length === 1) post.begin();
+      });
+    } finally {
+      clearTimeout(timer);
+      waiting -= 1;
+    }
+  }
+
+  async function leave(name) {
+    drop(name);
+    if (link === undefined) return; // In no room then, and this one will not be joined again.
+    await new Promise((resolve, reject) => {
+      link.call("leave", { room: name }, (error) => {
+        if (error instanceof CommandError) reject(error);
+        else resolve();
+      });
+    });
+  }
+
+  function history(name, { before, after, limit = 50 } = {}) {
+    return ask("history", { room: name, before, after, limit }, readHistory);
+  }
+
+  const client = {
+    get state() {
+      return state;
+    },
+    get welcome() {
+      return welcome;
+    },
+    get expires_at() {
+      return expires_at;
+    },
+    now,
+    watch(watcher) {
+      watchers.add(watcher);
+      return () => watchers.delete(watcher);
+    },
+    join(name, where = {}) {
+      if (over !== undefined) return Promise.reject(over);
+      drop(name);
+      return new Promise((resolve, reject) => {
+        const room = openRoom(name, where, queue, enter, { send, history, leave });
+        room.settle = either(() => resolve(room.room), reject);
+        rooms.set(name, room);
+        enter(room);
+      });
+    },
+    leave,
+    send,
+    history,
+    async refresh(fresh) {
+      if (fresh !== undefined) return within(deadline, () => put(link, checkToken(fresh)));
+      if (source === undefined) throw new TypeError("There is no token function: pass a token.");
+      return within(deadline, renew);
+    },
+    async logout() {
+      leaving = true; // The end that follows is no surprise.
+      try {
+        await ask("logout", {});
+      } catch (error) {
+        leaving = false;
+        if (error.code !== 4503) throw error;
+      }
+      finish(new DisconnectedError(4503, "session_revoked"), true);
+    },
+    ping: () => ask("ping", {}, (ack) => ack.ts),
+    wake,
+    close: () => finish(new DisconnectedError(1000, "closed by this client"), true),
+  };
+
+  const ignoreNetwork = followNetwork(wake);
+  run().catch(finish);
+  return client;
+}
+
+/** Call `changed` when the network is back, or somebody looks at the page again. */
+function followNetwork(changed) {
+  const page = globalThis.document;
+  const seen = () => page.visibilityState === "visible" && changed();
+  globalThis.addEventListener?.("online", changed);
+  page?.addEventListener?.("visibilitychange", seen);
+  return () => {
+    globalThis.removeEventListener?.("online", changed);
+    page?.removeEventListener?.("visibilitychange", seen);
+  };
+}
+
+// --- a token keeper ----------------------------------------------------------------------------
+
+/** Twice within the 10 s in which the server repeats an answer that was lost. */
+const TRADE_DEADLINE = 4_000;
+const TRADE_TRIES = 4;
+const TRADE_FIRST_WAIT = 250;
+/** An access token that ends sooner is traded before it is used. */
+const LEFT_OVER = 30_000;
+
+/**
+ * Keep a session's pair of tokens fresh: `connect(url, { token: tokenKeeper(url, pair).token })`.
+ *
+ * A refresh token is good for one trade. So the new pair is saved before it is used, and an answer
+ * that was lost is asked for again with the same token. A refusal for good (401) is never repeated:
+ * every later call rejects with the same `RefusedError`, and the user has to log in again.
+ *
+ * Where tabs share a pair, `load` reads what another has saved, and `navigator.locks` lets one of
+ * them trade at a time. Without `load`, give each tab a session of its own.
+ */
+export function tokenKeeper(url, pair, options = {}) {
+  const { save = () => {}, load, fetch = globalThis.fetch } = options;
+  const { locks = globalThis.navigator?.locks } = options;
+  const target = overHttp(overWebSocket(url)).replace(/\/ws$/, "/tokens/refresh");
+  const lock = `chatserver tokens ${pair.session}`;
+  let unsaved;
+  let flight;
+  let dead;
+  let hold = 0;
+
+  async function trade() {
+    for (let tries = 1; ; tries++) {
+      await doze(hold - Date.now()).over;
+      const answer = await post();
+      if (!(answer instanceof ChatError)) return answer;
+      if (answer.status === 401) throw (dead = answer);
+      if (answer instanceof RefusedError && isPermanent(answer)) throw answer;
+      hold = Date.now() + (answer.retry_after ?? jitter(tries, TRADE_FIRST_WAIT));
+      if (tries === TRADE_TRIES) throw answer;
+    }
+  }
+
+  async function post() {
+    const headers = { Authorization: `Bearer ${pair.refresh_token}` };
+    const request = { method: "POST", headers, cache: "no-store", credentials: "omit" };
+    try {
+      return await within(TRADE_DEADLINE, async (signal) => {
+        const answer = await fetch(target, { ...request, signal });
+        return answer.status === 200 ? readPair(await answer.json()) : refusal(answer);
+      });
+    } catch {
+      return new DisconnectedError(1006, "no answer to a refresh token");
+    }
+  }
+
+  async function renewed(stale, now) {
+    if (unsaved === undefined) {
+      pair = (await load?.()) ?? pair;
+      const left = pair.expires_at - Date.now();
+      if (!now && pair.access_token !== stale && left > LEFT_OVER) return pair.access_token;
+      unsaved = await trade();
+    }
+    await save(unsaved);
+    [pair, unsaved] = [unsaved, undefined];
+    return pair.access_token;
+  }
+
+  return {
+    get pair() {
+      return pair;
+    },
+    /** The access token, or a newer one if it is `stale`, or about to be, or if `now` one is needed
+     *  because the session's rights have changed. */
+    async token({ stale, now = false } = {}) {
+      // A trade that is under way may have begun before the change.
+      while (now && flight !== undefined) await flight.catch(() => {});
+      if (dead !== undefined) throw dead;
+      const work = () => renewed(stale, now);
+      flight ??= Promise.resolve(locks === undefined ? work() : locks.request(lock, work)).finally(
+        () => {
+          flight = undefined;
+        },
+      );
+      return flight;
+    },
+  };
+}
+
+function readPair(answer) {
+  const { access_token, refresh_token } = answer;
+  if (typeof access_token !== "string" || typeof refresh_token !== "string") throw new TypeError();
+  return answer;
+}
+
+// --- small parts -------------------------------------------------------------------------------
+
+/** Anywhere up to a limit that doubles each time, so that a crowd does not come back as one. */
+const jitter = (attempt, first = FIRST_WAIT) =>
+  Math.random() * Math.min(LONGEST_WAIT, first * 2 ** attempt);
+
+const either = (resolve, reject) => (error, value) =>
+  error === undefined ? resolve(value) : reject(error);
+
+/** A wait that can be ended early. */
+function doze(ms) {
+  const nap = {};
+  nap.over = new Promise((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    nap.end = () => {
+      clearTimeout(timer);
+      resolve();
+    };
+  });
+  return nap;
+}
+
+async function within(ms, work) {
+  const abort = new AbortController();
+  let timer;
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => {
+      reject(new TimeoutError(`no answer in ${ms} ms`));
+      abort.abort();
+    }, ms);
+  });
+  try {
+    return await Promise.race([work(abort.signal), late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** How long ago it was made. A clock may be set back, and another may stand still while a laptop
+ *  sleeps: the one that says more is believed. */
+function stopwatch() {
+  const [wall, steady] = [Date.now(), performance.now()];
+  return () => Math.max(Date.now() - wall, performance.now() - steady);
+}
+
+function isLonger(text, bytes) {
+  if (text.length > bytes) return true;
+  return text.length * 3 > bytes && encodeURIComponent(text).replace(/%../g, "x").length > bytes;
+}
+
+/** Random, as it must be: two devices of one user with the same key would swallow a message. */
+function uuid() {
+  const crypto = globalThis.crypto;
+  if (crypto?.randomUUID) return crypto.randomUUID(); // Not on pages without TLS,
+  const bytes = new Uint8Array(16);
+  if (crypto?.getRandomValues) crypto.getRandomValues(bytes); // and not in every React Native.
+  else bytes.forEach((_, i) => (bytes[i] = Math.random() * 256));
+  bytes[6] = (bytes[6] & 0x0f) | 0x40;
+  bytes[8] = (bytes[8] & 0x3f) | 0x80;
+  const hex = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return hex.replace(/(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
+}
+
+function checkToken(token) {
+  // It travels as the name of a sub-protocol.
+  if (typeof token === "string" && /^[\w.~-]+$/.test(token)) return token;
+  throw new TypeError("A token is a string of letters, digits, dots, dashes and underscores.");
+}
+
+function overWebSocket(url) {
+  const address = String(url).replace(/^http/, "ws");
+  if (/^wss?:\/\/[^?#]+$/.test(address)) return address;
+  throw new TypeError("The URL of a chat server looks like wss://chat.example/v1/ws");
+}
+
+const overHttp = (address) => address.replace(/^ws/, "http");
