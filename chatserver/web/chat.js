@@ -144,7 +144,7 @@ function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lo
     if (over) return;
     over = true;
     clearTimeout(timer);
-    socket.onopen = socket.onmessage = socket.onclose = null;
+    socket.onopen = socket.onmessage = socket.onerror = socket.onclose = () => {};
     socket.close(code);
     lost(error);
     for (const done of replies.values()) done(error);
@@ -184,6 +184,7 @@ function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lo
     if (replies.keys().next().value !== frame.id) return end(disconnected("a reply is missing"));
     replies.delete(frame.id);
     asked = heard;
+    watch();
     if (frame.type === "ack") done(undefined, frame);
     else done(new CommandError(frame.code, frame.message, frame));
   }
@@ -215,13 +216,20 @@ function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lo
       end(Object.assign(error, { cause }));
     }
   };
-  socket.onclose = async ({ code, reason }) => {
-    if (upgraded) return end(new DisconnectedError(code === 1005 ? 1006 : code, reason));
-    // The handshake failed, and a browser does not say why.
-    end(await whyRefused(url, token, fetch, deadline));
+  socket.onclose = ({ code, reason }) => {
+    if (upgraded) end(new DisconnectedError(code === 1005 ? 1006 : code, reason));
+    else refused();
   };
-  // What it says, the close that follows it says, too.
-  socket.onerror = () => {};
+  // Not every implementation lets a close follow.
+  socket.onerror = () => {
+    if (!upgraded) refused();
+  };
+
+  /** The handshake failed, and a browser does not say why. */
+  async function refused() {
+    socket.onerror = socket.onclose = () => {};
+    end(await whyRefused(url, token, fetch, deadline));
+  }
 
   return {
     call,
