@@ -77,13 +77,13 @@ export interface Welcome {
   };
 }
 
-/** Where a client is with its connection. `until`: when it tries again, by this device's clock.
- *  `closed` is for good: without an error it was asked for. */
+/** What a client is doing about its connection, which `connection` is the server's name for. `until`
+ *  is when it tries again, by this device's clock. It is closed for good: without `why`, from here. */
 export type State =
   | { readonly name: "connecting" }
-  | { readonly name: "open" }
-  | { readonly name: "waiting"; readonly until: number; readonly error: Error }
-  | { readonly name: "closed"; readonly error?: Error };
+  | { readonly name: "open"; readonly connection: string }
+  | { readonly name: "waiting"; readonly until: number; readonly why: Error }
+  | { readonly name: "closed"; readonly why?: Error };
 
 /** What a token function is asked for: another token than `stale`, which is over, or about to be.
  *  `now`: the session's rights have changed, so it must be made now. Most functions fetch a new
@@ -93,15 +93,18 @@ export interface TokenRequest {
   readonly now: boolean;
 }
 
-/** Whatever it throws, it is asked again later; but a `RefusedError` with status 401 says that the
- *  session is over, and closes the client. */
+/** Whatever it throws, it is asked again later; but a `TokenRefusedError` says that the session is
+ *  over, and closes the client. It has 10 seconds. */
 export type TokenSource = (request: TokenRequest) => Promise<string> | string;
 
 export interface Options {
   /** An access token, or a function that returns a fresh one, for as long as one likes to stay. */
   token: string | TokenSource;
-  /** For each wait for the server or for the token function. Default: 10,000. */
+  /** For one command, whatever number of connections it takes. Default: 30,000. */
   deadline?: number;
+  /** The longest wait before the first try to reconnect, and before any. Default: 1,000 and 30,000;
+   *  what the server asks for goes before it. */
+  backoff?: readonly [first: number, longest: number];
   /** Events that wait in each room to be taken. Past that the newest are let go, and read from the
    *  server's log when the others have been taken. Default: 1024. */
   queue?: number;
@@ -171,6 +174,8 @@ export interface Client {
   readonly expires_at?: number;
   /** The server's clock. */
   now(): number;
+  /** Wait until there is a connection. Rejects with the error of the client's end. */
+  opened(): Promise<void>;
   /** Call `watcher` with each new state; returns a function that ends it. */
   watch(watcher: (state: State) => void): () => void;
 
@@ -181,9 +186,10 @@ export interface Client {
   /**
    * Publish a JSON value, and tell its position; joining is not needed.
    *
-   * One message of a room is under way at a time, so they stand in the order sent. Each is repeated,
-   * through reconnects, as long as the server remembers its key (10 minutes by default), and then
-   * rejected with `UnconfirmedError`.
+   * It is stored once, however often it has to be sent, and those of one room stand in the order of
+   * the calls. It is repeated, on one connection or the next, while the server is sure to remember
+   * its key (10 minutes by default, since it may have been stored); then, and when the client ends,
+   * it rejects with `UnknownOutcomeError`. What was certainly not stored waits as long as it takes.
    */
   send(room: string, body: unknown, options?: SendOptions): Promise<Position>;
   history(room: string, options?: HistoryOptions): Promise<History>;
@@ -223,18 +229,28 @@ export interface KeeperOptions {
   fetch?: typeof fetch;
 }
 
+/** A token function for `connect`. Clients may share it. Rejects with `TokenRefusedError` when the
+ *  session is over: log in again. Any other `ChatError` will pass. */
 export interface TokenKeeper {
+  (wanted?: { stale?: string; now?: boolean }): Promise<string>;
+  /** The latest that was saved. */
   readonly pair: Pair;
-  /** For `connect`. Rejects with `RefusedError`, of status 401 when the session is over: that is
-   *  final, log in again. With `DisconnectedError` when no answer came: ask again. */
-  token(request?: { stale?: string; now?: boolean }): Promise<string>;
 }
 
-/** Keep a pair of tokens fresh over `POST /v1/tokens/refresh`, one trade at a time. */
+/**
+ * Keep a pair of tokens fresh over `POST /v1/tokens/refresh`, one trade at a time. `url` is the
+ * WebSocket's.
+ *
+ * Where tabs share a pair, give `load`: one of them trades at a time, by `navigator.locks`, and the
+ * others take what it has saved. Without it, give each tab a session of its own.
+ */
 export function tokenKeeper(url: string | URL, pair: Pair, options?: KeeperOptions): TokenKeeper;
 
 /** Whatever the server, or the way to it, made of a request. */
-export class ChatError extends Error {}
+export class ChatError extends Error {
+  /** Whether coming back, with a good token, would end the same way. */
+  readonly final: boolean;
+}
 
 /** An HTTP answer that is no success. `code` is undefined when it was not chatserver's. */
 export class RefusedError extends ChatError {
@@ -244,6 +260,9 @@ export class RefusedError extends ChatError {
   readonly retry_after?: number;
 }
 
+/** The server does not take this refresh token, and never will: somebody has to log in. */
+export class TokenRefusedError extends RefusedError {}
+
 /** The server's answer to a command is an error; the connection goes on. */
 export class CommandError extends ChatError {
   constructor(code: string, message: string, more?: { retry_after?: number; path?: string });
@@ -252,6 +271,8 @@ export class CommandError extends ChatError {
   readonly path?: string;
   /** Whether the same command may succeed a little later. */
   readonly temporary: boolean;
+  /** Whether it may have taken effect all the same. */
+  readonly doubtful: boolean;
 }
 
 /** There is no connection any more. `code` is the close code, 1006 where none came. */
@@ -260,15 +281,15 @@ export class DisconnectedError extends ChatError {
   readonly code: number;
   readonly reason: string;
   readonly after?: number;
-  /** Whether coming back would end the same way. */
-  readonly final: boolean;
 }
 
-/** A message was not acknowledged while its key was remembered. If it was `tried`, it may have been
- *  stored; otherwise it never left. */
-export class UnconfirmedError extends ChatError {
-  constructor(tried: boolean);
-  readonly tried: boolean;
+/** A message may have been stored or not, and it is too late to find out by sending it again. If
+ *  its `key` is seen in a room, it was. `why` ended the tries: undefined when the server has
+ *  forgotten the key by now. */
+export class UnknownOutcomeError extends ChatError {
+  constructor(key: string, why?: Error);
+  readonly key: string;
+  readonly why?: Error;
 }
 
 /** More is waiting to be answered than the client's `outbox` holds. */

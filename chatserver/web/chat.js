@@ -11,43 +11,64 @@
  * which knows what is new and what is missing; a client, which outlives its links; a token keeper.
  */
 
-const DEADLINE = 10_000;
+/** For one command, whatever number of connections it takes. */
+const DEADLINE = 30_000;
+/** For a connection with its welcome, for a token, and for an answer that is owed. */
+const PATIENCE = 10_000;
+/** So soon an answer must come when there is reason to doubt the connection. */
+const PROBE = 3_000;
 /** Events that wait in a room to be taken. */
 const QUEUE = 1024;
 /** Commands that wait for their answer. */
 const OUTBOX = 256;
 /** Full jitter: the limit of the first wait, and the longest. */
-const FIRST_WAIT = 1_000;
-const LONGEST_WAIT = 30_000;
-/** After so long a connection has been a good one, and what failed before it is forgotten. */
+const BACKOFF = [1_000, 30_000];
+/** Within a connection a refusal passes sooner than an outage. */
+const LONGEST_AGAIN = 5_000;
+/** After so long a connection was a good one, and what failed before it is forgotten. */
 const STEADY = 10_000;
-/** So soon an answer must come when there is reason to doubt the connection. */
-const PROBE = 3_000;
-/** How long a key is remembered, until a welcome has told. */
-const KEY_WINDOW = 600_000;
 /** An access token that ends sooner is not worth a handshake. */
 const SPENT = 5_000;
 
-const FINAL = 4500;
 const OWN_FAULTS = [1002, 1007];
 const OWN_FAULT_TRIES = 3;
-const TEMPORARY = ["rate_limited", "unavailable", "internal", "token_expired"];
 
 // --- errors ------------------------------------------------------------------------------------
 
 /** Whatever the server, or the way to it, made of a request. */
 export class ChatError extends Error {
   name = "ChatError";
+
+  /** Whether coming back, with a good token, would end the same way. */
+  get final() {
+    return false;
+  }
 }
 
-/** An HTTP answer that is no success: to a handshake, or to a token. `code` is undefined when the
- *  answer was not chatserver's (a proxy's). `retry_after` is in milliseconds. */
+/** An HTTP answer that is no success. `code` is undefined when it was not chatserver's (a proxy's);
+ *  `retry_after` is in milliseconds. */
 export class RefusedError extends ChatError {
   name = "RefusedError";
 
   constructor(status, code, message, retry_after) {
     super(`refused with ${status} ${code ?? "and no code"}: ${message}`);
     Object.assign(this, { status, code, retry_after });
+  }
+
+  get final() {
+    const { status, code } = this;
+    if (status === 401) return code === "token_revoked";
+    // What does not come from chatserver is a deployment's: it passes.
+    return status < 500 && status !== 429 && code !== undefined;
+  }
+}
+
+/** The server does not take this refresh token, and never will: somebody has to log in. */
+export class TokenRefusedError extends RefusedError {
+  name = "TokenRefusedError";
+
+  get final() {
+    return true;
   }
 }
 
@@ -62,7 +83,12 @@ export class CommandError extends ChatError {
 
   /** Whether the same command may succeed a little later. */
   get temporary() {
-    return TEMPORARY.includes(this.code);
+    return this.doubtful || ["rate_limited", "token_expired"].includes(this.code);
+  }
+
+  /** Whether it may have taken effect all the same. */
+  get doubtful() {
+    return ["unavailable", "internal"].includes(this.code);
   }
 }
 
@@ -76,20 +102,20 @@ export class DisconnectedError extends ChatError {
     Object.assign(this, { code, reason, after });
   }
 
-  /** Whether coming back would end the same way. */
   get final() {
-    return this.code >= FINAL;
+    return this.code >= 4500;
   }
 }
 
-/** A message was not acknowledged while its key was remembered. If it was `tried`, it may have been
- *  stored, and sending it again may say it twice; otherwise it never left. */
-export class UnconfirmedError extends ChatError {
-  name = "UnconfirmedError";
+/** A message may have been stored or not, and it is too late to find out by sending it again. If
+ *  its `key` is seen in a room, it was. `why` ended the tries: undefined when the server has
+ *  forgotten the key by now. */
+export class UnknownOutcomeError extends ChatError {
+  name = "UnknownOutcomeError";
 
-  constructor(tried) {
-    super(tried ? "no acknowledgement came: it may be stored or not" : "it was never sent");
-    this.tried = tried;
+  constructor(key, why) {
+    super(`whether message ${key} was stored is not known: ${why ?? "its key is forgotten"}`);
+    Object.assign(this, { key, why });
   }
 }
 
@@ -103,10 +129,10 @@ export class TimeoutError extends ChatError {
   name = "TimeoutError";
 }
 
-async function refusal(response) {
+async function refusal(response, Kind = RefusedError) {
   const seconds = response.headers.get("Retry-After") ?? "";
   const error = await response.json().then((body) => body.error, () => undefined);
-  return new RefusedError(
+  return new Kind(
     response.status,
     error?.code,
     error?.message ?? response.statusText,
@@ -114,20 +140,16 @@ async function refusal(response) {
   );
 }
 
-/** Whether it is chatserver that refuses, and always will. A proxy's 404 is a deployment. */
-const isPermanent = ({ status, code }) =>
-  status >= 400 && status < 500 && status !== 429 && code !== undefined;
-
 // --- one link ----------------------------------------------------------------------------------
 
 /**
  * One connection, from the handshake to its end. It matches replies with their commands and finds
  * out when nobody is there any more: a browser shows no WebSocket ping, so silence is asked with
- * the protocol's own, and what is asked must be answered within the deadline.
+ * the protocol's own, and what is owed an answer must not be silent for long.
  *
  * Calls back: `opened(welcome)`, `received(event)`, and once, at the end, `lost(error)`.
  */
-function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lost }) {
+function openLink({ url, token, WebSocket, fetch, opened, received, lost }) {
   const replies = new Map();
   const socket = new WebSocket(url, ["chat.v1", `bearer.${token}`]);
   let upgraded = false;
@@ -136,7 +158,7 @@ function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lo
   let next = 1;
   let heard = performance.now();
   let asked = heard;
-  let timer = setTimeout(() => end(disconnected("no welcome came in time")), deadline);
+  let timer = setTimeout(() => end(disconnected("no welcome came in time")), PATIENCE);
 
   const disconnected = (reason) => new DisconnectedError(1006, reason);
 
@@ -153,7 +175,7 @@ function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lo
   function watch() {
     clearTimeout(timer);
     const owed = replies.size > 0;
-    const due = owed ? Math.max(heard, asked) + deadline : heard + welcome.ping_interval;
+    const due = owed ? Math.max(heard, asked) + PATIENCE : heard + welcome.ping_interval;
     const left = due - performance.now();
     if (left > 0) timer = setTimeout(watch, left);
     else if (owed) end(disconnected("no answer came in time"));
@@ -228,7 +250,7 @@ function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lo
   /** The handshake failed, and a browser does not say why. */
   async function refused() {
     socket.onerror = socket.onclose = () => {};
-    end(await whyRefused(url, token, fetch, deadline));
+    end(await whyRefused(url, token, fetch));
   }
 
   return {
@@ -243,10 +265,10 @@ function openLink({ url, token, deadline, WebSocket, fetch, opened, received, lo
   };
 }
 
-async function whyRefused(url, token, fetch, deadline) {
+async function whyRefused(url, token, fetch) {
   const failed = (reason) => new DisconnectedError(1006, reason);
   try {
-    return await within(deadline, async (signal) => {
+    return await within(PATIENCE, async (signal) => {
       const headers = { Authorization: `Bearer ${token}` };
       const answer = await fetch(overHttp(url), {
         headers, signal, cache: "no-store", credentials: "omit",
@@ -266,77 +288,19 @@ async function whyRefused(url, token, fetch, deadline) {
  * `phase` is "out" (not joined on this link), "asked" (a join is under way: what comes before its
  * ack is part of the hole, or of its replay), "live", "full" (nobody takes the events: they are let
  * go until the queue is empty, and then asked for again) or "ended". `enter` asks for a join.
+ * What it returns is for the client; `room` of it is what applications get.
  */
 function openRoom(name, { since, last }, bound, enter, commands) {
   const queue = [];
-  const waiting = [];
-  let phase = "out";
+  const readers = [];
   let reached = since;
-  let admitted = false;
-  let position = since;
-  let head;
-  let rights = "";
   let failure;
-
-  function push(where, event) {
-    queue.push({ where, event });
-    wake();
-  }
-
-  function wake() {
-    for (const resolve of waiting.splice(0)) resolve();
-  }
-
-  /** Move to `where`, if there is room for it. */
-  function put(where, event) {
-    if (queue.length >= bound) {
-      phase = "full";
-      return;
-    }
-    reached = where;
-    push(where, event);
-  }
-
-  function move(frame) {
-    const offset = frame.offset;
-    if (!Number.isSafeInteger(offset) || offset <= reached.offset) return;
-    if (offset === reached.offset + 1) {
-      const where = { epoch: reached.epoch, offset };
-      put(where, frame.type === "message" ? readMessage(frame, where) : undefined);
-    } else if (queue.length < bound) {
-      enter(inner);
-    } else {
-      phase = "full";
-    }
-  }
-
-  async function* events() {
-    for (;;) {
-      while (queue.length > 0) {
-        const taken = queue.shift();
-        position = taken.where;
-        if (taken.event !== undefined) yield taken.event;
-      }
-      if (phase === "ended") {
-        if (failure !== undefined) throw failure;
-        return;
-      }
-      if (phase === "full") enter(inner);
-      await new Promise((resolve) => waiting.push(resolve));
-    }
-  }
 
   const room = {
     name,
-    get rights() {
-      return rights;
-    },
-    get head() {
-      return head;
-    },
-    get position() {
-      return position;
-    },
+    rights: "",
+    head: since,
+    position: since,
     send: (body, options) => commands.send(name, body, options),
     history: (options) => commands.history(name, options),
     leave: () => commands.leave(name),
@@ -344,62 +308,104 @@ function openRoom(name, { since, last }, bound, enter, commands) {
   };
 
   const inner = {
-    room,
     name,
+    room,
+    phase: "out",
+    admitted: false,
     command: undefined,
-    get phase() {
-      return phase;
-    },
-    get admitted() {
-      return admitted;
-    },
+
     /** The fields of the join that goes on from where it is. */
     asking() {
-      phase = "asked";
-      const fresh = !admitted && last !== undefined;
+      inner.phase = "asked";
+      const fresh = !inner.admitted && last !== undefined;
       return { room: name, ...(reached && { since: reached }), ...(fresh && { last }) };
     },
+
     admit(ack) {
       const end = readPosition(ack);
-      const start = { epoch: end.epoch, offset: end.offset - ack.replay };
-      if (!Number.isSafeInteger(start.offset)) throw new TypeError("replay");
-      [rights, head, reached, phase] = [ack.rights, end, start, "live"];
-      if (!admitted) position = start;
-      admitted = true;
+      const start = readPosition({ epoch: end.epoch, offset: end.offset - ack.replay });
+      if (!inner.admitted) room.position = start;
+      [room.rights, room.head, reached] = [ack.rights, end, start];
+      [inner.phase, inner.admitted] = ["live", true];
       // Whatever the bound: what was lost must not be forgotten as well.
       if (ack.recovered === false) push(start, gap(start, ack.gap));
     },
+
     receive(frame) {
       if (frame.type === "left") {
         inner.end({ type: "left", room: name, reason: frame.reason });
-      } else if (phase !== "live") {
+      } else if (inner.phase !== "live") {
         return;
       } else if (frame.type === "epoch") {
         put(readPosition({ epoch: frame.epoch, offset: reached.offset }));
       } else if (frame.type === "reset") {
         const where = readPosition(frame);
         put(where, gap(where));
-      } else {
+      } else if (Number.isSafeInteger(frame.offset)) {
         move(frame);
       }
     },
+
     /** The link is gone. A full room stays full: it is joined again once somebody takes events. */
     lose() {
-      if (phase === "asked" || phase === "live") phase = "out";
+      if (inner.phase === "asked" || inner.phase === "live") inner.phase = "out";
     },
+
     /** The iteration ends after the events that wait: with `left`, an error, or just so. */
     end(left, error) {
-      if (phase === "ended") return;
-      phase = "ended";
+      if (inner.phase === "ended") return;
+      inner.phase = "ended";
       failure = error;
-      if (left !== undefined) queue.push({ where: reached, event: left });
-      wake();
+      push(reached, left);
     },
   };
 
-  const gap = (where, missed) => ({
-    type: "gap", room: name, position: where, first: missed?.from, last: missed?.to,
-  });
+  function move(frame) {
+    if (frame.offset <= reached.offset) return;
+    const where = { epoch: reached.epoch, offset: frame.offset };
+    if (frame.offset === reached.offset + 1) {
+      put(where, frame.type === "message" ? readMessage(frame, where) : undefined);
+    } else if (queue.length < bound) {
+      enter(inner);
+    } else {
+      inner.phase = "full";
+    }
+  }
+
+  /** Move to `where`, if there is space for it. */
+  function put(where, event) {
+    if (queue.length < bound) {
+      reached = where;
+      push(where, event);
+    } else {
+      inner.phase = "full";
+    }
+  }
+
+  function push(where, event) {
+    queue.push({ where, event });
+    for (const resolve of readers.splice(0)) resolve();
+  }
+
+  const gap = (position, missed) => (
+    { type: "gap", room: name, position, first: missed?.from, last: missed?.to }
+  );
+
+  async function* events() {
+    for (;;) {
+      while (queue.length > 0) {
+        const { where, event } = queue.shift();
+        room.position = where;
+        if (event !== undefined) yield event;
+      }
+      if (inner.phase === "ended") {
+        if (failure !== undefined) throw failure;
+        return;
+      }
+      if (inner.phase === "full") enter(inner);
+      await new Promise((resolve) => readers.push(resolve));
+    }
+  }
 
   return inner;
 }
@@ -434,6 +440,7 @@ function readHistory(ack) {
  */
 export function connect(url, options) {
   const { token, deadline = DEADLINE, queue = QUEUE, outbox = OUTBOX } = options;
+  const { backoff: [first, longest] = BACKOFF } = options;
   const { WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = options;
   const address = overWebSocket(url);
   const source = typeof token === "function" ? token : undefined;
@@ -447,14 +454,11 @@ export function connect(url, options) {
   const commands = new Set();
   const watchers = new Set();
   let waiting = 0;
-  let state = { name: "connecting" };
   let over;
   let line; // The link, from the beginning of its handshake,
   let link; // and from its welcome on.
   let nap;
-  let welcome;
   let skew = 0;
-  let expires_at;
   let current = source === undefined ? token : undefined;
   let used; // The token that the link goes by, of which expires_at speaks.
   let stale = false;
@@ -465,7 +469,7 @@ export function connect(url, options) {
   const now = () => Date.now() + skew;
 
   function become(next) {
-    state = Object.freeze(next);
+    client.state = next;
     for (const watcher of watchers) queueMicrotask(() => watchers.has(watcher) && watcher(next));
   }
 
@@ -474,11 +478,11 @@ export function connect(url, options) {
   async function run() {
     while (over === undefined) {
       become({ name: "connecting" });
-      const { error, lasted } = await attend();
+      const { why, lasted } = await attend();
       if (over !== undefined) return;
-      const wait = judge(error, lasted);
-      if (wait === undefined) return finish(error);
-      become({ name: "waiting", until: Date.now() + wait.ms, error });
+      const wait = judge(why, lasted);
+      if (wait === undefined) return finish(why);
+      become({ name: "waiting", until: Date.now() + wait.ms, why });
       nap = doze(wait.ms);
       nap.told = wait.told;
       await nap.over;
@@ -487,41 +491,40 @@ export function connect(url, options) {
 
   /** One connection, from the token to the end. */
   async function attend() {
-    let began;
     try {
-      const spent = stale || (current === used && expires_at - now() < SPENT);
+      const spent = stale || (current === used && client.expires_at - now() < SPENT);
       if (source !== undefined && (current === undefined || spent)) await obtain();
       if (over !== undefined) return {};
-    } catch (error) {
-      return { error, lasted: 0 };
+    } catch (why) {
+      return { why, lasted: 0 };
     }
-    const error = await new Promise((lost) => {
+    let began;
+    const why = await new Promise((resolve) => {
       const opened = (frame) => {
         began = performance.now();
         open(frame);
       };
-      const ended = (why) => {
+      const lost = (error) => {
         line = link = undefined;
         for (const room of rooms.values()) room.lose();
-        lost(why);
+        resolve(error);
       };
-      const how = { url: address, token: current, deadline, WebSocket, fetch };
-      line = openLink({ ...how, opened, received, lost: ended });
+      line = openLink({ url: address, token: current, WebSocket, fetch, opened, received, lost });
     });
-    return { error, lasted: began === undefined ? 0 : performance.now() - began };
+    return { why, lasted: began === undefined ? 0 : performance.now() - began };
   }
 
   function open(frame) {
-    if (welcome !== undefined && welcome.user !== frame.user) {
+    if (client.welcome !== undefined && client.welcome.user !== frame.user) {
       // Positions and keys are one user's own.
       finish(new CommandError("identity_mismatch", "The new token is another user's."));
       return;
     }
-    welcome = frame;
+    client.welcome = frame;
     skew = frame.ts - Date.now();
-    [used, expires_at] = [current, frame.expires_at];
+    [used, client.expires_at] = [current, frame.expires_at];
     link = line;
-    become({ name: "open" });
+    become({ name: "open", connection: frame.connection });
     for (const room of rooms.values()) if (room.phase === "out") enter(room);
     for (const command of commands) command.go();
   }
@@ -529,16 +532,15 @@ export function connect(url, options) {
   /** How long to wait before coming back, and whether the server said so; undefined is never. */
   function judge(error, lasted) {
     if (lasted >= STEADY) attempt = faults = 0;
-    const { code } = error;
-    const tokenOver = error.status === 401 || code === 4401;
-    if (tokenOver) {
+    if (error.final) return undefined;
+    const { status, code } = error;
+    if (status === 401 || code === 4401) {
       stale = true;
-      if (source === undefined || code === "token_revoked") return undefined;
-    } else if (error instanceof RefusedError && isPermanent(error)) return undefined;
-    if (error instanceof DisconnectedError && error.final) return undefined;
-    const own = OWN_FAULTS.includes(code) || (error.status === 401 && code !== "token_expired");
+      if (source === undefined) return undefined;
+    }
+    const own = OWN_FAULTS.includes(code) || (status === 401 && code !== "token_expired");
     if (own && ++faults >= OWN_FAULT_TRIES) return undefined;
-    const wait = jitter(attempt++);
+    const wait = jitter(attempt++, first, longest);
     if (error.after !== undefined) return { ms: error.after, told: true };
     // A crowd that was told the same second is to be spread over more than that.
     if (error.retry_after !== undefined) return { ms: error.retry_after + wait, told: true };
@@ -565,22 +567,24 @@ export function connect(url, options) {
       room.settle(error);
     }
     rooms.clear();
-    for (const posts of outboxes.values()) for (const post of posts.splice(0)) post.settle(error);
+    for (const posts of outboxes.values()) {
+      for (const post of posts.splice(1)) post.settle(error);
+    }
     for (const command of commands) command.end(error);
-    become({ name: "closed", error: told });
+    become({ name: "closed", why: told });
   }
 
   // Tokens.
 
   let obtaining;
   function obtain(rightsChanged = false) {
-    obtaining ??= within(deadline, async () => {
+    obtaining ??= within(PATIENCE, async () => {
       current = checkToken(await source({ stale: current, now: rightsChanged }));
       stale = false;
       return current;
     })
       .catch((error) => {
-        if (error instanceof RefusedError && error.status === 401) finish(error);
+        if (error instanceof TokenRefusedError) finish(error);
         throw error;
       })
       .finally(() => {
@@ -609,7 +613,7 @@ export function connect(url, options) {
         } catch (error) {
           if (on === undefined || on !== link) throw error;
           if (error instanceof CommandError && !error.temporary) fresh = undefined;
-          await doze(error.retry_after ?? jitter(tries)).over;
+          await doze(error.retry_after ?? jitter(tries, first, LONGEST_AGAIN)).over;
           if (on !== link) throw error;
         }
       }
@@ -628,8 +632,9 @@ export function connect(url, options) {
       }
       on.call("refresh", { token: fresh }, (error, ack) => {
         if (error !== undefined) return reject(error);
-        const { roles, left } = ack;
-        [current, used, expires_at, stale] = [fresh, fresh, ack.expires_at, false];
+        const { expires_at, roles, left } = ack;
+        client.expires_at = expires_at;
+        [current, used, stale] = [fresh, fresh, false];
         for (const name of left) drop(name, { type: "left", room: name, reason: "forbidden" });
         resolve({ expires_at, roles, left });
       });
@@ -684,6 +689,8 @@ export function connect(url, options) {
     const command = {
       /** Its answer is awaited. */
       out: false,
+      /** It may have taken effect. */
+      doubtful: false,
       go() {
         if (link === undefined || command.out || !commands.has(command)) return;
         clearTimeout(timer);
@@ -706,13 +713,16 @@ export function connect(url, options) {
       if (!commands.has(command)) return;
       if (error === undefined) {
         command.end(undefined, read(ack));
-      } else if (error instanceof DisconnectedError) {
-        const late = given();
-        if (late !== undefined) command.end(late);
-      } else if (error.temporary) {
-        timer = setTimeout(command.go, error.retry_after ?? jitter(tries++));
-      } else {
-        command.end(error);
+        return;
+      }
+      const lost = error instanceof DisconnectedError;
+      command.doubtful ||= lost || error.doubtful;
+      const late = given();
+      if (late !== undefined) command.end(late);
+      else if (!lost && !error.temporary) command.end(error);
+      else if (!lost) {
+        const wait = error.retry_after ?? jitter(tries++, first, LONGEST_AGAIN);
+        timer = setTimeout(command.go, wait);
       }
     }
     commands.add(command);
@@ -746,42 +756,40 @@ export function connect(url, options) {
     const text = JSON.stringify(body);
     if (text === undefined) throw new TypeError("A body is a JSON value.");
     admit();
-    const age = stopwatch();
     const posts = outboxes.get(name) ?? [];
     outboxes.set(name, posts);
+    let age;
     let timer;
     try {
       return await new Promise((resolve, reject) => {
-        const post = { tried: false, settle: either(resolve, reject) };
-        // The server counts from when it stores it, this client from before that, and what is
-        // repeated must also arrive in time.
+        const post = { settle: either(resolve, reject), command: undefined };
+        // The server counts from when it stored it and this client from before that, but what is
+        // repeated has to arrive in time, too.
         const late = () => {
-          const window = welcome?.limits.key_window ?? KEY_WINDOW;
-          const limit = window - Math.min(deadline, window / 10);
-          return age() < limit ? undefined : new UnconfirmedError(post.tried);
+          const window = client.welcome.limits.key_window;
+          const forgotten = age?.() > window - Math.min(PATIENCE, window / 10);
+          return forgotten && post.command.doubtful ? new UnknownOutcomeError(key) : undefined;
         };
-        const settled = (error, position) => {
-          posts.splice(posts.indexOf(post), 1);
-          post.settle(error, position);
+        const fields = () => {
+          age ??= stopwatch();
+          timer ??= setTimeout(() => {
+            const error = late();
+            if (error !== undefined && !post.command.out) post.command.end(error);
+          }, client.welcome.limits.key_window);
+          return { room: name, key, ...(echo ? {} : { echo }) };
+        };
+        const settle = (error, position) => {
+          const unknown = post.command.doubtful && !(error instanceof UnknownOutcomeError);
+          posts.shift();
+          post.settle(error && unknown ? new UnknownOutcomeError(key, error) : error, position);
           if (posts.length > 0) posts[0].begin();
-          else if (outboxes.get(name) === posts) outboxes.delete(name);
+          else outboxes.delete(name);
         };
         post.begin = () => {
-          const fields = () => {
-            post.tried = true;
-            return { room: name, key, ...(echo ? {} : { echo }) };
-          };
           const more = { body: text, given: late, read: readPosition };
-          post.command = repeat("send", fields, settled, more);
+          post.command = repeat("send", fields, settle, more);
           post.command.go();
         };
-        const expire = () => {
-          const error = late();
-          if (error === undefined) timer = setTimeout(expire, 1_000);
-          else if (post.command === undefined) settled(error);
-          else if (!post.command.out) post.command.end(error);
-        };
-        timer = setTimeout(expire, welcome?.limits.key_window ?? KEY_WINDOW);
         posts.push(post);
         if (posts.length === 1) post.begin();
       });
@@ -807,16 +815,19 @@ export function connect(url, options) {
   }
 
   const client = {
-    get state() {
-      return state;
-    },
-    get welcome() {
-      return welcome;
-    },
-    get expires_at() {
-      return expires_at;
-    },
+    state: { name: "connecting" },
+    welcome: undefined,
+    expires_at: undefined,
     now,
+    async opened() {
+      let stop;
+      while (link === undefined) {
+        if (over !== undefined) throw over;
+        await new Promise((changed) => {
+          stop = client.watch(changed);
+        }).finally(() => stop());
+      }
+    },
     watch(watcher) {
       watchers.add(watcher);
       return () => watchers.delete(watcher);
@@ -873,19 +884,19 @@ function followNetwork(changed) {
 
 // --- a token keeper ----------------------------------------------------------------------------
 
-/** Twice within the 10 s in which the server repeats an answer that was lost. */
-const TRADE_DEADLINE = 4_000;
+/** Short enough to ask twice in the 10 s in which the server gives a lost answer again. */
+const TRADE_PATIENCE = 4_000;
 const TRADE_TRIES = 4;
-const TRADE_FIRST_WAIT = 250;
+const TRADE_BACKOFF = [250, 4_000];
 /** An access token that ends sooner is traded before it is used. */
 const LEFT_OVER = 30_000;
 
 /**
- * Keep a session's pair of tokens fresh: `connect(url, { token: tokenKeeper(url, pair).token })`.
+ * Keep a pair of tokens fresh: `connect(url, { token: tokenKeeper(url, pair, { save }) })`.
  *
  * A refresh token is good for one trade. So the new pair is saved before it is used, and an answer
- * that was lost is asked for again with the same token. A refusal for good (401) is never repeated:
- * every later call rejects with the same `RefusedError`, and the user has to log in again.
+ * that was lost is asked for again with the same token. A refusal for good is never repeated: every
+ * later call rejects with the same `TokenRefusedError`, and the user has to log in again.
  *
  * Where tabs share a pair, `load` reads what another has saved, and `navigator.locks` lets one of
  * them trade at a time. Without `load`, give each tab a session of its own.
@@ -894,7 +905,6 @@ export function tokenKeeper(url, pair, options = {}) {
   const { save = () => {}, load, fetch = globalThis.fetch } = options;
   const { locks = globalThis.navigator?.locks } = options;
   const target = overHttp(overWebSocket(url)).replace(/\/ws$/, "/tokens/refresh");
-  const lock = `chatserver tokens ${pair.session}`;
   let unsaved;
   let flight;
   let dead;
@@ -905,9 +915,9 @@ export function tokenKeeper(url, pair, options = {}) {
       await doze(hold - Date.now()).over;
       const answer = await post();
       if (!(answer instanceof ChatError)) return answer;
-      if (answer.status === 401) throw (dead = answer);
-      if (answer instanceof RefusedError && isPermanent(answer)) throw answer;
-      hold = Date.now() + (answer.retry_after ?? jitter(tries, TRADE_FIRST_WAIT));
+      if (answer instanceof TokenRefusedError) dead = answer;
+      if (answer.final) throw answer;
+      hold = Date.now() + (answer.retry_after ?? jitter(tries, ...TRADE_BACKOFF));
       if (tries === TRADE_TRIES) throw answer;
     }
   }
@@ -916,16 +926,17 @@ export function tokenKeeper(url, pair, options = {}) {
     const headers = { Authorization: `Bearer ${pair.refresh_token}` };
     const request = { method: "POST", headers, cache: "no-store", credentials: "omit" };
     try {
-      return await within(TRADE_DEADLINE, async (signal) => {
+      return await within(TRADE_PATIENCE, async (signal) => {
         const answer = await fetch(target, { ...request, signal });
-        return answer.status === 200 ? readPair(await answer.json()) : refusal(answer);
+        if (answer.status === 200) return readPair(await answer.json());
+        return refusal(answer, answer.status === 401 ? TokenRefusedError : RefusedError);
       });
     } catch {
       return new DisconnectedError(1006, "no answer to a refresh token");
     }
   }
 
-  async function renewed(stale, now) {
+  async function renewed({ stale, now }) {
     if (unsaved === undefined) {
       pair = (await load?.()) ?? pair;
       const left = pair.expires_at - Date.now();
@@ -937,25 +948,23 @@ export function tokenKeeper(url, pair, options = {}) {
     return pair.access_token;
   }
 
-  return {
-    get pair() {
-      return pair;
-    },
-    /** The access token, or a newer one if it is `stale`, or about to be, or if `now` one is needed
-     *  because the session's rights have changed. */
-    async token({ stale, now = false } = {}) {
-      // A trade that is under way may have begun before the change.
-      while (now && flight !== undefined) await flight.catch(() => {});
-      if (dead !== undefined) throw dead;
-      const work = () => renewed(stale, now);
-      flight ??= Promise.resolve(locks === undefined ? work() : locks.request(lock, work)).finally(
-        () => {
-          flight = undefined;
-        },
-      );
-      return flight;
-    },
-  };
+  /** The access token, or a newer one if it is `stale` or about to be, or if `now` one is needed
+   *  because the session's rights have changed. */
+  async function keeper(wanted = {}) {
+    // A trade that is under way may have begun before the change.
+    while (wanted.now && flight !== undefined) await flight.catch(() => {});
+    if (dead !== undefined) throw dead;
+    flight ??= alone(() => renewed(wanted)).finally(() => {
+      flight = undefined;
+    });
+    return flight;
+  }
+
+  async function alone(work) {
+    return locks === undefined ? work() : locks.request(`chatserver ${pair.session}`, work);
+  }
+
+  return Object.defineProperty(keeper, "pair", { get: () => pair });
 }
 
 function readPair(answer) {
@@ -967,8 +976,8 @@ function readPair(answer) {
 // --- small parts -------------------------------------------------------------------------------
 
 /** Anywhere up to a limit that doubles each time, so that a crowd does not come back as one. */
-const jitter = (attempt, first = FIRST_WAIT) =>
-  Math.random() * Math.min(LONGEST_WAIT, first * 2 ** attempt);
+const jitter = (attempt, first, longest) =>
+  Math.random() * Math.min(longest, first * 2 ** attempt);
 
 const either = (resolve, reject) => (error, value) =>
   error === undefined ? resolve(value) : reject(error);

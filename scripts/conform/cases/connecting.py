@@ -172,10 +172,10 @@ async def _wait_told(stage: Stage, status: int, code: str) -> None:
 
 @case
 async def refused_by_a_proxy(stage: Stage) -> None:
-    """A 502, or a 404 that is not the server's, is a deployment: it goes on trying."""
+    """A 502 or 504, which is a proxy's, is a restart: it goes on trying."""
     peer = await stage.arrival()
     await peer.begin(offset=4)
-    stage.refusals.extend([answer(502, "Bad Gateway"), answer(404, "default backend")])
+    stage.refusals.extend([answer(502, "Bad Gateway"), answer(504, "Gateway Timeout")])
     peer.abort()
     peer = await stage.arrival(1 + 2 + 4 + SLACK)
     await peer.resume(4)

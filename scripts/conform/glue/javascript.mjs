@@ -10,7 +10,7 @@ async function save({ refresh_token }) {
   await fetch(saved, { method: "POST", headers: { Authorization: `Bearer ${refresh_token}` } });
 }
 
-const client = connect(url, { token: tokenKeeper(url, JSON.parse(pair), { save }).token });
+const client = connect(url, { token: tokenKeeper(url, JSON.parse(pair), { save }) });
 const tell = (saw) => client.send("general", saw);
 
 async function follow(name) {
