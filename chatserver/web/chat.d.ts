@@ -154,6 +154,10 @@ export interface Room extends AsyncIterable<Event> {
   readonly head: Position;
   /** Of the last event handed out. Join `since` here to go on in another page's life. */
   readonly position: Position;
+  /** Whether events come in at present. */
+  readonly joined: boolean;
+  /** Whether the latest join has everything since the position before. */
+  readonly recovered: boolean;
   send(body: unknown, options?: SendOptions): Promise<Position>;
   history(options?: HistoryOptions): Promise<History>;
   leave(): Promise<void>;

@@ -301,6 +301,10 @@ function openRoom(name, { since, last }, bound, enter, commands) {
     rights: "",
     head: since,
     position: since,
+    recovered: true,
+    get joined() {
+      return inner.phase === "live";
+    },
     send: (body, options) => commands.send(name, body, options),
     history: (options) => commands.history(name, options),
     leave: () => commands.leave(name),
@@ -325,10 +329,11 @@ function openRoom(name, { since, last }, bound, enter, commands) {
       const end = readPosition(ack);
       const start = readPosition({ epoch: end.epoch, offset: end.offset - ack.replay });
       if (!inner.admitted) room.position = start;
-      [room.rights, room.head, reached] = [ack.rights, end, start];
+      [room.rights, room.head, room.recovered] = [ack.rights, end, ack.recovered !== false];
+      reached = start;
       [inner.phase, inner.admitted] = ["live", true];
       // Whatever the bound: what was lost must not be forgotten as well.
-      if (ack.recovered === false) push(start, gap(start, ack.gap));
+      if (!room.recovered) push(start, gap(start, ack.gap));
     },
 
     receive(frame) {
