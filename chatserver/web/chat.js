@@ -851,9 +851,19 @@ export function connect(url, options) {
     send,
     history,
     async refresh(fresh) {
-      if (fresh !== undefined) return within(deadline, () => put(link, checkToken(fresh)));
-      if (source === undefined) throw new TypeError("There is no token function: pass a token.");
-      return within(deadline, renew);
+      if (fresh !== undefined) checkToken(fresh);
+      else if (source === undefined) throw new TypeError("Which token? There is no function.");
+      return within(deadline, async (signal) => {
+        for (;;) {
+          await client.opened();
+          try {
+            return await (fresh === undefined ? renew() : put(link, fresh));
+          } catch (error) {
+            const lost = error instanceof DisconnectedError && over === undefined;
+            if (!lost || signal.aborted) throw error;
+          }
+        }
+      });
     },
     async logout() {
       leaving = true; // The end that follows is no surprise.

@@ -205,6 +205,22 @@ test("a token function is told which token is stale, and asked once for all that
   assert.deepEqual(asked, [{ stale: undefined, now: false }, { stale: "t1", now: false }]);
 });
 
+test("a refresh waits for the connection, and survives its loss", async () => {
+  const net = network();
+  const client = connect(net);
+  const refreshing = client.refresh("t1");
+  const socket = await net.arrival();
+  socket.welcome();
+  assert.equal((await socket.expect("refresh")).token, "t1");
+  socket.drop();
+  const again = await net.arrival(1);
+  again.welcome();
+  again.ack(await again.expect("refresh"), { expires_at: 5, roles: [], left: [] });
+  assert.equal((await refreshing).expires_at, 5);
+  again.drop();
+  assert.equal((await net.arrival(2)).protocols[1], "bearer.t1");
+});
+
 test("a token function that fails is asked again", async () => {
   const net = network();
   let calls = 0;
