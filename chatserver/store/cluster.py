@@ -31,7 +31,6 @@ from chatserver.store import keys
 from chatserver.store.link import (
     ANNOUNCE,
     LANE_COMMANDS,
-    Argument,
     Done,
     Lane,
     Redirected,
@@ -39,7 +38,7 @@ from chatserver.store.link import (
     Store,
     Subscription,
 )
-from chatserver.store.topology import HURRY_SECONDS, SLOTS, Address, Cluster, Node
+from chatserver.store.topology import HURRY_SECONDS, SLOTS, Address, Argument, Cluster, Node
 
 SHARDED = "SPUBLISH"
 HOPS = 3

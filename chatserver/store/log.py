@@ -16,7 +16,8 @@ from chatserver.core.errors import StoreUnavailable
 from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
 from chatserver.settings import Settings
-from chatserver.store.link import PUBLISH, READ, Argument, Call, Lane, Reply, Store, understood
+from chatserver.store.link import PUBLISH, READ, Call, Lane, Reply, Store, understood
+from chatserver.store.topology import Argument
 
 EMPTY_ROOM_SECONDS = 300
 """A room that was joined and never written to is remembered so long after its last member."""

@@ -37,7 +37,8 @@ from chatserver.core.session import (
 )
 from chatserver.metrics import measured
 from chatserver.store import keys
-from chatserver.store.link import ANNOUNCE, POLL, REVOKE, Argument, Call, Lane, Reply
+from chatserver.store.link import ANNOUNCE, POLL, REVOKE, Call, Lane, Reply
+from chatserver.store.topology import Argument
 
 STREAM_MILLISECONDS = 20 * 60 * 1000
 BEAT_SECONDS = 1.0

@@ -15,8 +15,9 @@ from redis.asyncio.connection import Connection as RedisConnection
 
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.protocol import Publish
-from chatserver.store.link import READ, Argument, Lane, Store, Subscription, packed, understood
+from chatserver.store.link import READ, Lane, Store, Subscription, understood
 from chatserver.store.log import RoomLog, channel
+from chatserver.store.topology import Argument, packed
 from tests.support.proxy import Proxy
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey

@@ -15,8 +15,9 @@ from chatserver.core.frames import message_parts
 from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
 from chatserver.store import log
-from chatserver.store.link import Argument, Reply, Store
+from chatserver.store.link import Reply, Store
 from chatserver.store.log import EMPTY_ROOM_SECONDS, RoomLog, channel, parse_live, room_of
+from chatserver.store.topology import Argument
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 from tests.support.worker import PATIENCE, end, eventually

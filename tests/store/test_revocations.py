@@ -14,8 +14,9 @@ from chatserver.core.errors import StoreUnavailable
 from chatserver.core.session import REVOCATION_SECONDS, STALE_SECONDS, Kind, Revocation
 from chatserver.store import revocations
 from chatserver.store.keys import CHANNEL, STREAM
-from chatserver.store.link import Argument, Done, Lane, Store
+from chatserver.store.link import Done, Lane, Store
 from chatserver.store.revocations import Mirror, cutoff, revoke
+from chatserver.store.topology import Argument
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 from tests.support.worker import end, eventually

@@ -14,9 +14,10 @@ from chatserver.core.errors import ReplyCode, StoreUnavailable, TokenRefused
 from chatserver.core.session import Kind
 from chatserver.store import keys
 from chatserver.store.keyring import Keyring
-from chatserver.store.link import Argument, Reply
+from chatserver.store.link import Reply
 from chatserver.store.revocations import cutoff
 from chatserver.store.sessions import TokenPair, TooManyReplays
+from chatserver.store.topology import Argument
 from tests.support.sessions import Office, office
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
