@@ -90,7 +90,7 @@ def run(seconds: float, sockets: int | None) -> dict[str, object]:
         store = rig.store()
         rooms = {}
         for mode in MODES:
-            worker = rig.worker(CHATSERVER_PING_INTERVAL="3600", CHATSERVER_COMPRESSION=mode)
+            worker = rig.worker(CHATSERVER_PING_INTERVAL="86400", CHATSERVER_COMPRESSION=mode)
             for size in (many, FEW):
                 # Both workers have the store in common; names of one length.
                 rooms[mode, size] = Room(rig, store, worker, f"{mode[0]}-{size:05}", size)
