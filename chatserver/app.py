@@ -263,6 +263,7 @@ def policy_of(settings: Settings) -> Policy:
         origins=None if anyone_local else frozenset(settings.allowed_origins),
         https_required=settings.production,
         trusted_proxies=settings.trusted_proxies,
+        page=not settings.production,
     )
 
 

@@ -101,6 +101,9 @@ class Refusal:
 
 
 BAD_REQUEST = Refusal(400, "bad_request", "This is not a valid request.")
+NOT_A_NAME = Refusal(
+    400, "bad_request", "A name has 1 to 128 characters, none of them a control character."
+)
 TOKEN_IN_URL = Refusal(
     400, "token_in_url", "A URL ends up in logs: send the token in a header or a sub-protocol."
 )

@@ -19,7 +19,7 @@ from ipaddress import (
     ip_network,
 )
 from typing import NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 from chatserver.core import errors
 from chatserver.core.errors import Refusal
@@ -29,7 +29,7 @@ _BEARER = "bearer."
 _TOKEN_NAMES = {"token", "access_token", "refresh_token", "bearer", "authorization", "auth", "jwt"}
 _LOOKS_LIKE_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*|rt1\.[\w-]+\.")
 _HOST = re.compile(r"[A-Za-z0-9._~-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
-_LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 Network = IPv4Network | IPv6Network
 
@@ -59,6 +59,8 @@ class Policy:
     origins: frozenset[str] | None = None
     https_required: bool = False
     trusted_proxies: tuple[Network, ...] = field(default=())
+    page: bool = False
+    """Show the page to this machine's browsers, and let them log in by a name: development."""
 
 
 class Health(NamedTuple):
@@ -109,6 +111,24 @@ class Deposit(NamedTuple):
         return f"<Deposit route={self.route} address={self.address!r} origin={self.origin!r}>"
 
 
+class Asset(NamedTuple):
+    """A file of the page, by its name in ``chatserver/web``."""
+
+    name: str
+
+
+class Login(NamedTuple):
+    """Somebody on this machine says who they are, and in development is believed."""
+
+    user: str
+    address: str
+    origin: str | None
+
+    @property
+    def route(self) -> str:
+        return _LOGIN
+
+
 class Refused(NamedTuple):
     refusal: Refusal
     origin: str | None = None
@@ -117,18 +137,22 @@ class Refused(NamedTuple):
     """The method that the path has."""
 
 
-Judgement = Health | Preflight | Attempt | Deposit | Refused
+Judgement = Health | Preflight | Attempt | Deposit | Asset | Login | Refused
 
 
 _SOCKET = "/v1/ws"
 _METHODS: dict[str, str] = {_SOCKET: "GET"} | {str(route): "POST" for route in TokenRoute}
+_ASSETS = {"/": "index.html"} | {
+    f"/{name}": name for name in ("page.css", "page.js", "chat.js", "icon.svg")
+}
+_LOGIN = "/dev/sessions"
 
 
 def judge(request: Request, policy: Policy) -> Judgement:
     """What to answer; a token that comes along is still to be verified."""
     path, _, query = request.target.partition("?")
     if path not in (*_METHODS, "/healthz", "/readyz"):
-        return Refused(errors.NOT_FOUND)
+        return _at_the_page(request, path, query, policy)
     hosts = request.all("host")
     if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
         return Refused(errors.BAD_REQUEST)
@@ -154,6 +178,46 @@ def judge(request: Request, policy: Policy) -> Judgement:
     if path == _SOCKET:
         return _attempt(request, policy, origin)
     return _deposit(TokenRoute(path), request, policy, origin)
+
+
+def _at_the_page(
+    request: Request, path: str, query: str, policy: Policy
+) -> Asset | Login | Refused:
+    """What development offers beyond the protocol, to the browsers of this machine alone."""
+    asset = _ASSETS.get(path)
+    offered = policy.page and (asset is not None or path == _LOGIN)
+    # Who wants to upgrade is no browser that looks for a page, but lost.
+    if not offered or request.all("upgrade") or not _at_home(request, policy):
+        return Refused(errors.NOT_FOUND)
+    origins = request.all("origin")
+    if len(origins) > 1:
+        return Refused(errors.BAD_REQUEST)
+    origin = origins[0] if origins else None
+    if origin is not None and not _allowed(origin, policy):
+        return Refused(errors.ORIGIN_DENIED)
+    allowed = "GET" if asset else "POST"
+    if request.method != allowed:
+        return Refused(errors.METHOD_NOT_ALLOWED, origin, allowed)
+    if asset is not None:
+        return Asset(asset)
+    try:
+        [user] = parse_qs(query, errors="strict")["user"]
+    except (KeyError, ValueError):
+        return Refused(errors.NOT_A_NAME, origin)
+    return Login(user, client_address(request, policy), origin)
+
+
+def _at_home(request: Request, policy: Policy) -> bool:
+    """Whether this machine asks, under a name whose pages may connect.
+
+    A name that somebody else points here (DNS rebinding) is none.
+    """
+    peer = _parse_address(request.peer)
+    if peer is None or not peer.is_loopback or _trusted(request.peer, policy):
+        return False
+    hosts = request.all("host")
+    own = [f"{scheme}://{host}" for host in hosts for scheme in ("http", "https")]
+    return len(hosts) == 1 and any(_allowed(origin, policy) for origin in own)
 
 
 def _attempt(request: Request, policy: Policy, origin: str | None) -> Attempt | Refused:
@@ -251,6 +315,6 @@ def _allowed(origin: str, policy: Policy) -> bool:
     try:
         parts = urlsplit(origin)
         exact = f"{parts.scheme}://{parts.netloc}" == origin and "@" not in parts.netloc
-        return exact and parts.scheme in ("http", "https") and parts.hostname in _LOOPBACK_NAMES
+        return exact and parts.scheme in ("http", "https") and parts.hostname in LOOPBACK_NAMES
     except ValueError:
         return False

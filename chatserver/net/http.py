@@ -1,14 +1,32 @@
-"""HTTP answers: the 101, else JSON bodies, nothing that tells what software sent them."""
+"""HTTP answers: the 101, the page's files, JSON bodies; nothing tells what software sent them."""
 
 from __future__ import annotations
 
 import http
+from importlib.resources import files
 
 import orjson
 from websockets.datastructures import Headers
 from websockets.http11 import Response
 
 from chatserver.core.errors import Refusal
+
+_MEDIA_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+# Nothing from elsewhere, nothing inline, no text that becomes markup, in nobody's frame.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def switch(key: str, subprotocol: str | None, extensions: str | None) -> bytes:
@@ -24,10 +42,23 @@ def switch(key: str, subprotocol: str | None, extensions: str | None) -> bytes:
 def answer(status: int, body: dict[str, object] | None, headers: dict[str, str]) -> Response:
     """A whole response; the connection ends after it."""
     payload = b"" if body is None else orjson.dumps(body) + b"\n"
-    fields = {"Content-Length": str(len(payload)), "Connection": "close"}
-    if body is not None:
-        fields["Content-Type"] = "application/json"
-    fields["Cache-Control"] = "no-store"
+    kind = {} if body is None else {"Content-Type": "application/json"}
+    return _response(status, payload, kind | headers)
+
+
+def asset(name: str) -> Response:
+    """A file of the page. It is read each time, so that an edit shows when the page is loaded."""
+    payload = (files("chatserver") / "web" / name).read_bytes()
+    kind = {"Content-Type": _MEDIA_TYPES[name.rpartition(".")[2]]}
+    return _response(200, payload, kind | _PAGE_HEADERS)
+
+
+def _response(status: int, payload: bytes, headers: dict[str, str]) -> Response:
+    fields = {
+        "Content-Length": str(len(payload)),
+        "Connection": "close",
+        "Cache-Control": "no-store",
+    }
     return Response(status, http.HTTPStatus(status).phrase, Headers(fields | headers), payload)
 
 

@@ -28,9 +28,11 @@ from chatserver.core.claims import Identity
 from chatserver.core.errors import Disconnect, Refusal, StoreUnavailable, TokenRefused
 from chatserver.core.flow import Admission, Budgets
 from chatserver.core.handshake import (
+    Asset,
     Attempt,
     Deposit,
     Health,
+    Login,
     Policy,
     Preflight,
     Refused,
@@ -226,7 +228,9 @@ class Listener:
             case Refused(refusal, origin, allowed):
                 path = request.path.partition("?")[0]
                 self._refuse(connection, refusal, origin, allowed=allowed, path=path)
-            case Deposit() as deposit:
+            case Asset(name):
+                connection.respond(http.asset(name))
+            case Deposit() | Login() as deposit:
                 self._deposit(connection, deposit)
             case Attempt() as attempt:
                 self._attempt(connection, request, attempt)
@@ -377,7 +381,7 @@ class Listener:
             return errors.UNAVAILABLE
         return None
 
-    def _deposit(self, connection: Connection, deposit: Deposit) -> None:
+    def _deposit(self, connection: Connection, deposit: Deposit | Login) -> None:
         if wait := self._budgets.spend(deposit.address, time.monotonic()):
             refusal = errors.TOO_MANY_HANDSHAKES
             self._refuse(connection, refusal, deposit.origin, wait=wait, path=deposit.route)
@@ -387,7 +391,7 @@ class Listener:
         self._deposits.add(task)
         task.add_done_callback(self._deposits.discard)
 
-    async def _take(self, connection: Connection, deposit: Deposit) -> None:
+    async def _take(self, connection: Connection, deposit: Deposit | Login) -> None:
         try:
             answer = await self._tokens.take(deposit)
         except Exception:  # A bug of ours, met by one request: it must not hang.
@@ -400,7 +404,8 @@ class Listener:
             token = answer.status == 401
             self._refuse(connection, answer, deposit.origin, token=token, path=deposit.route)
         else:
-            _OUTCOMES[deposit.route].count(ACCEPTED)
+            if isinstance(deposit, Deposit):
+                _OUTCOMES[deposit.route].count(ACCEPTED)
             connection.respond(http.answer(200, answer, http.cors(deposit.origin)))
 
     def _refuse(

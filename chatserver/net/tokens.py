@@ -1,6 +1,7 @@
 """Tokens over HTTP, for whoever holds one: traded for the next, or ended.
 
-The two public routes of protocol.md, section 6; who may come to them is the listener's business.
+The two public routes of protocol.md, section 6, and development's login; who may come to them is
+the listener's business.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from chatserver.core import errors
 from chatserver.core.claims import TokenExpired
 from chatserver.core.errors import Refusal, StoreUnavailable, TokenRefused
 from chatserver.core.flow import Budgets
-from chatserver.core.handshake import Deposit, TokenRoute
+from chatserver.core.handshake import Deposit, Login, TokenRoute
 from chatserver.core.session import Kind
 from chatserver.store.keyring import Keyring
 from chatserver.store.link import Call
@@ -35,11 +36,13 @@ class TokenCounter:
         self._mirror = mirror
         self._families = Budgets(FAMILY_RATE, FAMILY_BURST)
 
-    async def take(self, deposit: Deposit) -> Answer | Refusal:
+    async def take(self, deposit: Deposit | Login) -> Answer | Refusal:
         salt = self._mirror.incarnation
         if salt is None or not self._mirror.fresh():
             return errors.UNAVAILABLE
         try:
+            if isinstance(deposit, Login):
+                return await self._begin(deposit.user)
             match deposit.route:
                 case TokenRoute.REFRESH:
                     return await self._refresh(deposit.token, salt)
@@ -47,6 +50,12 @@ class TokenCounter:
                     return await self._revoke(deposit.token, salt)
         except StoreUnavailable:
             return errors.UNAVAILABLE
+
+    async def _begin(self, user: str) -> Answer | Refusal:
+        try:
+            return (await self._sessions.begin(user, ["member"]))._asdict()
+        except ValueError:
+            return errors.NOT_A_NAME
 
     async def _refresh(self, token: str, salt: bytes) -> Answer | Refusal:
         try:

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from chatserver.core import errors
 from chatserver.core.errors import Refusal
 from chatserver.core.handshake import (
+    Asset,
     Attempt,
     Deposit,
     Health,
     Judgement,
+    Login,
     Policy,
     Preflight,
     Refused,
@@ -670,3 +672,148 @@ def test_a_proxy_may_say_that_the_socket_is_secure() -> None:
     judgement = ask(UPGRADE, BEARER, ("X-Forwarded-Proto", "wss"), peer="10.0.0.1", tls=False)
 
     assert attempt(judgement).token == TOKEN
+
+
+# --- development's page ----------------------------------------------------------------------
+
+DEVELOPMENT = Policy(page=True)
+LOCAL = ("Host", "127.0.0.1:8000")
+LOGIN = "/dev/sessions?user=alice"
+
+
+def look(
+    *headers: tuple[str, str],
+    target: str = "/",
+    method: str = "GET",
+    host: Headers | None = None,
+    peer: str = "127.0.0.1",
+    policy: Policy = DEVELOPMENT,
+) -> Judgement:
+    hosts = [LOCAL] if host is None else host
+    return judge(Request(method, target, [*hosts, *headers], peer, False), policy)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("/", "index.html"),
+        ("/?lang=en", "index.html"),
+        ("/page.js", "page.js"),
+        ("/page.css", "page.css"),
+        ("/chat.js", "chat.js"),
+        ("/icon.svg", "icon.svg"),
+    ],
+)
+def test_in_development_there_is_a_page(target: str, name: str) -> None:
+    assert look(target=target) == Asset(name)
+
+
+@pytest.mark.parametrize("target", ["/index.html", "//", "/../page.js", "/chat.d.ts", "/dev/"])
+def test_there_is_nothing_beside_the_page(target: str) -> None:
+    assert refused(look(target=target)) == errors.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:8000", "LOCALHOST", "127.0.0.1", "[::1]:8000", "localhost:80"]
+)
+def test_the_page_is_shown_under_this_machines_names(host: str) -> None:
+    assert look(host=[("Host", host)]) == Asset("index.html")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        [("Host", "rebound.example:8000")],
+        [("Host", "localhost.rebound.example")],
+        [("Host", "127.0.0.1.rebound.example")],
+        [("Host", "192.0.2.1:8000")],
+        [("Host", "localhost@rebound.example")],
+        [("Host", "localhost/x")],
+        [("Host", "")],
+        [LOCAL, LOCAL],
+        [],
+    ],
+)
+@pytest.mark.parametrize(("target", "method"), [("/", "GET"), (LOGIN, "POST")])
+def test_a_name_that_somebody_points_at_this_machine_gets_no_page_and_no_login(
+    host: Headers, target: str, method: str
+) -> None:
+    assert refused(look(host=host, target=target, method=method)) == errors.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "peer", ["192.0.2.1", "10.0.0.1", "fe80::1", "2001:db8::1", "", "gibberish"]
+)
+@pytest.mark.parametrize(("target", "method"), [("/", "GET"), (LOGIN, "POST")])
+def test_other_machines_get_no_page_and_no_login(peer: str, target: str, method: str) -> None:
+    assert refused(look(peer=peer, target=target, method=method)) == errors.NOT_FOUND
+
+
+def test_whoever_comes_by_a_proxy_is_no_browser_of_this_machine() -> None:
+    behind = Policy(page=True, trusted_proxies=(ip_network("127.0.0.0/8"),))
+
+    assert refused(look(("X-Forwarded-For", "192.0.2.1"), policy=behind)) == errors.NOT_FOUND
+    assert refused(look(target=LOGIN, method="POST", policy=behind)) == errors.NOT_FOUND
+
+
+def test_the_page_is_shown_only_where_it_may_connect() -> None:
+    elsewhere = Policy(page=True, origins=frozenset({ORIGIN}))
+    named = Policy(page=True, origins=frozenset({"http://chat.test:8000"}))
+
+    assert refused(look(policy=elsewhere)) == errors.NOT_FOUND
+    assert look(policy=named, host=[("Host", "chat.test:8000")]) == Asset("index.html")
+
+
+def test_there_is_no_websocket_at_the_page() -> None:
+    assert refused(look(UPGRADE, BEARER)) == errors.NOT_FOUND
+
+
+@pytest.mark.parametrize(("target", "method"), [("/", "GET"), ("/chat.js", "GET"), (LOGIN, "POST")])
+def test_otherwise_there_is_neither_page_nor_login(target: str, method: str) -> None:
+    assert refused(look(target=target, method=method, policy=OPEN)) == errors.NOT_FOUND
+    strict = ask(target=target, method=method, host=[LOCAL], peer="127.0.0.1")
+    assert refused(strict) == errors.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("query", "user"),
+    [("user=alice", "alice"), ("user=%C3%A9+%2F%23", "é /#"), ("x=1&user=bob", "bob")],
+)
+def test_in_development_a_name_is_believed(query: str, user: str) -> None:
+    judgement = look(
+        ("Origin", "http://localhost:3000"), target=f"/dev/sessions?{query}", method="POST"
+    )
+
+    assert judgement == Login(user, "127.0.0.1", "http://localhost:3000")
+
+
+@pytest.mark.parametrize("query", ["", "user=", "user", "user=a&user=b", "user=%FF", "name=alice"])
+def test_a_login_needs_one_name(query: str) -> None:
+    judgement = look(target=f"/dev/sessions?{query}", method="POST")
+
+    assert refused(judgement) == errors.NOT_A_NAME
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://localhost.evil.example"]
+)
+@pytest.mark.parametrize(("target", "method"), [("/", "GET"), (LOGIN, "POST")])
+def test_pages_from_elsewhere_get_no_page_and_no_login(
+    origin: str, target: str, method: str
+) -> None:
+    judgement = look(("Origin", origin), target=target, method=method)
+
+    assert refused(judgement) == errors.ORIGIN_DENIED
+
+
+def test_two_origins_are_one_too_many_for_a_login() -> None:
+    local = ("Origin", "http://localhost:3000")
+
+    assert refused(look(local, local, target=LOGIN, method="POST")) == errors.BAD_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "allowed"), [("/", "POST", "GET"), (LOGIN, "GET", "POST")]
+)
+def test_a_wrong_method_is_told_the_right_one(target: str, method: str, allowed: str) -> None:
+    assert look(target=target, method=method) == Refused(errors.METHOD_NOT_ALLOWED, allowed=allowed)
