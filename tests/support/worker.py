@@ -77,11 +77,11 @@ class Worker:
         return self._process.pid
 
     def start(self) -> None:
-        """Returns when it accepts clients."""
+        """Returns when it accepts clients; again, at the same address."""
         reading, writing = os.pipe()
         with socket.socket() as door, self._log.open("ab") as log:
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.bind(("127.0.0.1", 0))
+            door.bind(("127.0.0.1", self.port))
             door.listen(4096)
             self.port = door.getsockname()[1]
             descriptors = (door.fileno(), writing)
