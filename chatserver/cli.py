@@ -21,12 +21,14 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import click
 from pydantic import SecretStr
 
 from chatserver import supervisor, telemetry
 from chatserver.core.errors import ReplyCode, StoreRefused, StoreUnavailable, TokenRefused
+from chatserver.core.handshake import LOOPBACK_NAMES
 from chatserver.core.session import Kind
 from chatserver.settings import (
     ConfigurationError,
@@ -181,11 +183,13 @@ def banner(settings: Settings, address: Address) -> str:
     usual = Settings.model_fields
     moved = (address.port, settings.host) != (usual["port"].default, usual["host"].default)
     link = f" --url {url}" if moved or settings.tls_certfile else ""
+    page = page_of(settings, address.port)
+    browse = f"open {page} in two windows of a browser,\nor " if page else ""
     lines = [
         "",
         f"The chat server listens on {url}",
         "",
-        "To chat, type in a second terminal, and with another name in a third:",
+        f"To chat, {browse}type in a second terminal, and with another name in a third:",
         f"    {me} chat --room general --user bob{link}",
         "For a client of your own, get a token (it is good for 15 minutes):",
         f"    {me} token issue --user alice --role member",
@@ -213,6 +217,13 @@ def url_of(settings: Settings, port: int) -> str:
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     scheme = "wss" if settings.tls_certfile else "ws"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1/ws"
+
+
+def page_of(settings: Settings, port: int) -> str | None:
+    """The page's address, if browsers on this machine are shown one there."""
+    page = url_of(settings, port).replace("ws", "http", 1).removesuffix("v1/ws")
+    local = urlsplit(page).hostname in LOOPBACK_NAMES
+    return page if local and not settings.allowed_origins and not settings.production else None
 
 
 def control_url_of(settings: Settings) -> str:

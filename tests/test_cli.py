@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import structlog
@@ -836,6 +837,26 @@ def test_the_banner_names_the_url_wherever_it_is_not_the_usual_one(
     assert "\n    chatserver token issue --user alice --role member\n" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "page"),
+    [
+        ({}, "http://127.0.0.1:8000/"),
+        ({"host": "::1"}, "http://[::1]:8000/"),
+        ({"host": "0.0.0.0"}, "http://127.0.0.1:8000/"),
+        ({"tls_certfile": "c", "tls_keyfile": "k"}, "https://127.0.0.1:8000/"),
+        ({"host": "192.0.2.1"}, None),
+        ({"allowed_origins": "https://app.example"}, None),
+    ],
+)
+def test_the_banner_names_the_page_where_there_is_one(
+    settings: dict[str, str], page: str | None
+) -> None:
+    text = cli.banner(load(**settings), supervisor.Address("", 8000))
+
+    assert (f"\nTo chat, open {page} in two windows" in text) == (page is not None)
+    assert ("\nTo chat, type in a second terminal" in text) == (page is None)
+
+
 def test_the_banner_names_the_control_api_where_there_is_one() -> None:
     address = supervisor.Address("", 8000)
 
@@ -888,11 +909,15 @@ def test_a_newcomer_serves_and_chats_with_the_commands_that_the_banner_prints(
             )
 
         issued, chatted = type_in(issue), type_in(chat)
+        [address] = re.findall(r"open (\S+) in two windows", "".join(lines))
+        with urlopen(address) as opened:
+            page = opened.read()
         server.send_signal(signal.SIGINT)
         _, log = server.communicate(timeout=PATIENCE)
 
     assert claims_of(issued.stdout)["sub"] == "alice"
     assert (chatted.returncode, "bob: hello\n" in chatted.stdout) == (0, True)
+    assert b"<title>chatserver</title>" in page
     assert server.returncode == 0
     assert "eyJ" not in log
     assert '"level": "error"' not in log
