@@ -690,7 +690,7 @@ def look(
     policy: Policy = DEVELOPMENT,
 ) -> Judgement:
     hosts = [LOCAL] if host is None else host
-    return judge(Request(method, target, [*hosts, *headers], peer, False), policy)
+    return judge(Request(method, target, by_name([*hosts, *headers]), peer, False), policy)
 
 
 @pytest.mark.parametrize(
