@@ -65,8 +65,9 @@ class TokenKeeper:
     each new pair before it is used: keep it durably, and begin with the last one that was saved.
     What it raises comes out of the call, and it is called again by the next one.
 
-    Calling it raises `TokenRefusedError` when the session is over: log in again. Any other
-    `ChatError` will pass. One keeper for each session; clients may share it.
+    Calling it raises `TokenRefusedError` when the session is over, from then on without asking:
+    log in again. Any other `ChatError` will pass. One keeper for each session; clients may share
+    it.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TokenKeeper:
         self._tls = tls
         self._unsaved: TokenPair | None = None
         self._given = ""
+        self._over: TokenRefusedError | None = None
         self._flight = Flight(self._trade)
 
     def __repr__(self) -> str:
@@ -87,6 +89,8 @@ class TokenKeeper:
 
     async def __call__(self) -> str:
         """An access token that was not given before: of the pair at hand, or of the next one."""
+        if self._over is not None:
+            raise self._over.with_traceback(None)
         pair = self.pair
         if pair.access_token == self._given or pair.expires_at / 1000 < time.time() + LEAST_SECONDS:
             pair = await self._flight.join()
@@ -109,6 +113,10 @@ class TokenKeeper:
         for attempt in itertools.count(1):
             try:
                 return await asyncio.to_thread(self._post)
+            except TokenRefusedError as exc:
+                # Shown once more, it could only be taken for a stolen one.
+                self._over = exc
+                raise
             except ChatError as exc:
                 told = getattr(exc, "retry_after", None)
                 wait = full_jitter(attempt - 1, FIRST_WAIT, LONGEST_WAIT)
