@@ -162,8 +162,8 @@ class Lifeline(ABC):
 
     def _refused(self, why: ChatError, *, expired: bool) -> Exception:
         """The token is not good any more: final when there cannot be another."""
-        self._tokens.refuse(why, expired=expired)
-        return why if self._tokens.renewable else NoTokenError(why)
+        another = self._tokens.refuse(why, expired=expired)
+        return why if another else NoTokenError(why)
 
     @property
     def _welcomed(self) -> bool:

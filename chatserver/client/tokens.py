@@ -31,11 +31,21 @@ class Tokens:
     thousand clients that come back at once do not all ask. Never twice at the same time.
     """
 
-    __slots__ = ("_deadline", "_flight", "_refused", "_source", "_strikes", "_token", "_until")
+    __slots__ = (
+        "_deadline",
+        "_flight",
+        "_refused",
+        "_shown",
+        "_source",
+        "_strikes",
+        "_token",
+        "_until",
+    )
 
     def __init__(self, source: str | TokenSource, deadline: float) -> None:
         self._source = None if isinstance(source, str) else source
         self._token = source if isinstance(source, str) else None
+        self._shown: str | None = None
         self._deadline = deadline
         self._until = float("inf")
         self._refused: Exception | None = None
@@ -53,11 +63,12 @@ class Tokens:
         """
         if self._token is None or self._refused or now >= self._until or self._flight.under_way:
             refused, before = self._refused, self._token
-            if self._source is not None and self._strikes < STRIKES:
+            if self._source is not None:
                 await self.renew()
             if refused is not None and self._token == before:
                 raise NoTokenError(refused)
         assert self._token is not None
+        self._shown = self._token
         return self._token
 
     async def renew(self) -> str:
@@ -86,13 +97,16 @@ class Tokens:
     def accept(self, left: float, now: float) -> None:
         """The server takes the token; it expires in ``left`` seconds."""
         self._refused, self._strikes = None, 0
+        self._shown = self._token
         self._until = now + left - min(EXPIRING_SECONDS, left * EXPIRING_SHARE)
 
-    def refuse(self, why: Exception, *, expired: bool) -> None:
-        """The server takes the token no longer."""
-        self._refused = why
+    def refuse(self, why: Exception, *, expired: bool) -> bool:
+        """The server takes the token no longer. Returns whether there may be another."""
+        if self._token == self._shown:  # Unless a newer one is at hand already.
+            self._refused = why
         if not expired:
             self._strikes += 1
+        return self._source is not None and self._strikes < STRIKES
 
     def outdate(self) -> None:
         """There is a newer one to be had, with other rights; this one will do otherwise."""

@@ -32,6 +32,8 @@ const SPENT = 5_000;
 
 const OWN_FAULTS = [1002, 1007];
 const OWN_FAULT_TRIES = 3;
+/** A function whose every token is refused has nothing better to give. */
+const STRIKES = 2;
 
 // --- errors ------------------------------------------------------------------------------------
 
@@ -57,9 +59,8 @@ export class RefusedError extends ChatError {
 
   get final() {
     const { status, code } = this;
-    if (status === 401) return code === "token_revoked";
     // What does not come from chatserver is a deployment's: it passes.
-    return status < 500 && status !== 429 && code !== undefined;
+    return code !== undefined && status < 500 && ![401, 408, 425, 429].includes(status);
   }
 }
 
@@ -467,6 +468,8 @@ export function connect(url, options) {
   let current = source === undefined ? token : undefined;
   let used; // The token that the link goes by, of which expires_at speaks.
   let stale = false;
+  let refused; // Why the server takes the current token no longer; it is never shown again.
+  let strikes = 0;
   let attempt = 0;
   let faults = 0;
   let leaving = false;
@@ -498,7 +501,7 @@ export function connect(url, options) {
   async function attend() {
     try {
       const spent = stale || (current === used && client.expires_at - now() < SPENT);
-      if (source !== undefined && (current === undefined || spent)) await obtain();
+      if (source !== undefined && (current === undefined || spent)) await replace();
       if (over !== undefined) return {};
     } catch (why) {
       return { why, lasted: 0 };
@@ -519,6 +522,14 @@ export function connect(url, options) {
     return { why, lasted: began === undefined ? 0 : performance.now() - began };
   }
 
+  /** Get another token than the current one, if there is need of one to connect with. */
+  async function replace() {
+    const [why, before] = [refused, current];
+    await obtain();
+    if (why !== undefined && current === before) finish(why);
+    refused = undefined;
+  }
+
   function open(frame) {
     if (client.welcome !== undefined && client.welcome.user !== frame.user) {
       // Positions and keys are one user's own.
@@ -527,7 +538,7 @@ export function connect(url, options) {
     }
     client.welcome = frame;
     skew = frame.ts - Date.now();
-    [used, client.expires_at] = [current, frame.expires_at];
+    [used, client.expires_at, strikes] = [current, frame.expires_at, 0];
     link = line;
     become({ name: "open", connection: frame.connection });
     for (const room of rooms.values()) if (room.phase === "out") enter(room);
@@ -540,11 +551,12 @@ export function connect(url, options) {
     if (error.final) return undefined;
     const { status, code } = error;
     if (status === 401 || code === 4401) {
-      stale = true;
-      if (source === undefined) return undefined;
+      // Unless a newer one is at hand already.
+      if (status === 401 || current === used) [stale, refused] = [true, error];
+      if (status === 401 && code !== "token_expired") strikes += 1;
+      if (source === undefined || strikes === STRIKES) return undefined;
     }
-    const own = OWN_FAULTS.includes(code) || (status === 401 && code !== "token_expired");
-    if (own && ++faults >= OWN_FAULT_TRIES) return undefined;
+    if (OWN_FAULTS.includes(code) && ++faults === OWN_FAULT_TRIES) return undefined;
     const wait = jitter(attempt++, first, longest);
     if (error.after !== undefined) return { ms: error.after, told: true };
     // A crowd that was told the same second is to be spread over more than that.

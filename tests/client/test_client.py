@@ -1035,11 +1035,36 @@ async def test_a_refused_token_is_the_end_when_there_is_no_other(code: str) -> N
 
 
 async def test_a_source_whose_second_token_is_refused_as_well_is_asked_no_more() -> None:
-    source = Source("a", "b")
+    source, states = Source("a", "b"), list[State]()
     async with scripted(*[refused(401, "token_invalid")] * 2) as url:
         with pytest.raises(RefusedError):
-            async with swift(url, token=source):
+            async with swift(url, token=source, on_state=states.append):
                 pass
+
+    assert source.asked == 2
+    assert [type(state) for state in states] == [Waiting, Connecting, Closed]
+
+
+async def test_after_4401_a_newer_token_that_was_not_shown_yet_is_good_enough() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.say("expiring", expires_at=900_000)
+        await peer.expect("refresh", token="b")
+        await peer.bye(4401, "token_expired")
+
+    async def last(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.ack(await peer.expect("ping"), ts=1)
+
+    source, states = Source("a", "b"), list[State]()
+    scripts = [with_token("a", script), with_token("b", last)]
+    async with (
+        scripted(*scripts) as url,
+        swift(url, token=source, on_state=states.append) as client,
+    ):
+        while sum(isinstance(state, Open) for state in states) < 2:
+            await asyncio.sleep(0.001)
+        await client.ping()
 
     assert source.asked == 2
 

@@ -173,17 +173,54 @@ test("a failed handshake is asked about over HTTP: 426 means that the token is g
 });
 
 test("a refusal for good closes the client with the reason", async () => {
-  for (const [status, code] of [[401, "token_revoked"], [403, "origin_denied"]]) {
-    const net = network();
-    const client = connect(net, {
-      token: async () => "t", fetch: async () => refusal(status, code),
-    });
-    (await net.arrival()).drop();
-    const { why } = await until(client, "closed");
-    assert.deepEqual([why.status, why.code, why.final], [status, code, true]);
-    await assert.rejects(client.opened(), why);
-    await assert.rejects(client.join("general"), why);
+  const net = network();
+  const client = connect(net, {
+    token: async () => "t", fetch: async () => refusal(403, "origin_denied"),
+  });
+  (await net.arrival()).drop();
+  const { why } = await until(client, "closed");
+  assert.deepEqual([why.status, why.code, why.final], [403, "origin_denied", true]);
+  await assert.rejects(client.opened(), why);
+  await assert.rejects(client.join("general"), why);
+});
+
+/** The tokens that a client shows, all of which are refused, until it is closed. */
+async function shown(code, token) {
+  const net = network();
+  const client = connect(net, { token, fetch: async () => refusal(401, code) });
+  let refused = 0;
+  client.watch(({ name }) => {
+    if (name === "connecting") net.arrival(refused++).then((socket) => socket.drop());
+  });
+  (await net.arrival(refused++)).drop();
+  const { why } = await until(client, "closed");
+  assert.deepEqual([why.status, why.code], [401, code]);
+  return net.sockets.map(({ protocols }) => protocols[1].replace("bearer.", ""));
+}
+
+test("a token that was refused is never shown again, and the second one is the last", async () => {
+  let calls = 0;
+  const fresh = async () => `t${++calls}`;
+  for (const code of ["token_revoked", "token_invalid"]) {
+    calls = 0;
+    assert.deepEqual(await shown(code, fresh), ["t1", "t2"]);
+    assert.deepEqual(await shown(code, async () => "t1"), ["t1"]);
+    assert.deepEqual(await shown(code, "t1"), ["t1"]);
   }
+  assert.deepEqual(await shown("token_expired", async () => `t${Math.min(++calls, 5)}`),
+    ["t3", "t4", "t5"]);
+});
+
+test("after 4401 a newer token that has not been shown yet is good enough", async () => {
+  let calls = 0;
+  const { net, client, socket } = await inRoom({ token: async () => `t${Math.min(++calls, 2)}` });
+  socket.say("expiring", { expires_at: 1 });
+  await socket.expect("refresh");
+  socket.drop(4401);
+  const next = await net.arrival(1);
+  assert.equal(next.protocols[1], "bearer.t2");
+  next.welcome();
+  await until(client, "open");
 });
 
 test("a token that is a string cannot be replaced: 4401 is the end", async () => {

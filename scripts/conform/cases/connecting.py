@@ -128,13 +128,17 @@ async def refused_401_expired(stage: Stage) -> None:
 
 @case
 async def refused_401_revoked(stage: Stage) -> None:
-    """A handshake refused with token_revoked is the end."""
+    """A token refused with token_revoked is not shown again; a second one so refused is the end."""
     peer = await stage.arrival()
     await peer.begin()
-    stage.refusals.append(refuse(401, "token_revoked"))
+    stage.refusals.extend([refuse(401, "token_revoked")] * 9)
     peer.abort()
     await stage.tried(2, 1 + SLACK)
-    await stage.nobody(AWAY, after=2)
+    # Another one may be good: a token can be revoked by its id while its session lives.
+    await stage.nobody(AWAY, after=3)
+    tokens = [handshake.token for handshake in stage.handshakes[1:]]
+    if len(set(tokens)) < len(tokens):
+        raise Broken("it showed a token again that had been refused")
 
 
 @case
