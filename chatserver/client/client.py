@@ -122,6 +122,8 @@ class Client(Lifeline):
         self._refreshing: asyncio.Task[None] | None = None
         self._stale = False
         """A token is wanted that is newer than any that was asked for."""
+        self._renewing = False
+        """One was asked for, and is not in use yet."""
 
     def __repr__(self) -> str:
         who = f"{self.welcome.connection} of {self.welcome.user}" if self._welcomed else "new"
@@ -278,7 +280,7 @@ class Client(Lifeline):
                 connection.receive_reply(frame)
                 self._pump()
             case "expiring":
-                self._receive_expiring()
+                self._receive_expiring(now=frame.get("now") is True)
             case "bye":
                 connection.receive_bye(read(frame, Bye))
             case str():
@@ -451,6 +453,7 @@ class Client(Lifeline):
     def _receive_refreshed(self, frame: Frame) -> Refreshed:
         refreshed = read(frame, Refreshed)
         self.expires_at = refreshed.expires_at
+        self._renewing = False
         if self._connection is not None:
             left = self._connection.left(refreshed.expires_at)
             self._tokens.accept(left, self._loop.time())
@@ -458,18 +461,21 @@ class Client(Lifeline):
             self._quit(name, Left(name, "forbidden"))
         return refreshed
 
-    def _receive_expiring(self) -> None:
-        """Also while a token is being fetched: it may be older than the change of rights."""
-        if self._tokens.renewable:
+    def _receive_expiring(self, *, now: bool) -> None:
+        """One refresh, however often it is said; but ``now`` the rights have changed, and a token
+        that is being fetched may be older than that."""
+        if not self._tokens.renewable:
+            return
+        if now or not self._renewing:
             self._stale = True
-            if self._refreshing is None:
-                self._refreshing = asyncio.create_task(self._keep_fresh())
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._keep_fresh())
 
     async def _keep_fresh(self) -> None:
         """Refresh, trying until it works or the connection ends; one such task at a time."""
         try:
             for attempt in itertools.count():
-                self._stale = False
+                self._stale, self._renewing = False, True
                 try:
                     await self.refresh()
                 # Whatever the application's function raises, the token in use is good for a
@@ -483,7 +489,7 @@ class Client(Lifeline):
                 if not self._stale:
                     return
         finally:
-            self._refreshing = None
+            self._refreshing, self._renewing = None, False
 
 
 def _nothing(_: Frame) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import socket
 import time
 from contextlib import AbstractAsyncContextManager
@@ -936,6 +937,64 @@ async def test_rights_that_change_while_a_token_is_fetched_lead_to_another() -> 
         refresh = await peer.expect("refresh", token="b")
         await peer.say("expiring", expires_at=900_000, now=True)
         await peer.ack(refresh, expires_at=1_000_000, roles=[], left=[])
+        await peer.renew(await peer.expect("refresh", token="c"))
+
+    async with scripted(script) as url, connect(url, token=Source("a", "b", "c")) as client:
+        await renewed(client)
+
+
+async def test_one_refresh_follows_however_often_and_whenever_it_is_said_to_be_time() -> None:
+    pings = 5
+    fetching, go = asyncio.Event(), asyncio.Event()
+    tokens = iter(["a", "b", "c"])
+
+    async def source() -> str:
+        token = next(tokens)
+        if token == "b":
+            fetching.set()
+            await go.wait()
+        return token
+
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.admit(0)
+        await peer.say("expiring", expires_at=900_000)
+        await fetching.wait()
+        await peer.say("expiring", expires_at=900_000)
+        await peer.message(1)
+        refresh = await peer.expect("refresh", token="b")
+        await peer.say("expiring", expires_at=900_000)
+        await peer.ack(refresh, expires_at=1_000_000, roles=[], left=[])
+        await peer.message(2)
+        for _ in range(pings):
+            await peer.ack(await peer.expect("ping"), ts=1)
+        # Of the token that is in use by then, whose end may be near as well.
+        await peer.say("expiring", expires_at=1_000_000)
+        refresh = await peer.expect("refresh", token="c")
+        await peer.ack(refresh, expires_at=1_800_000, roles=[], left=[])
+
+    async with scripted(script) as url, connect(url, token=source) as client:
+        room = await client.join("general")
+        await take(room, 1)  # And with it what was said before.
+        go.set()
+        await take(room, 1)
+        for _ in range(pings):  # Time enough for another refresh.
+            await client.ping()
+        while client.expires_at != 1_800_000:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_new_token_that_is_about_to_expire_is_renewed_though_it_is_said_at_once() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.admit(0)
+        await peer.say("expiring", expires_at=900_000)
+        refresh = await peer.expect("refresh", token="b")
+        ack = {"type": "ack", "id": refresh["id"], "expires_at": 1_001, "roles": [], "left": []}
+        for frame in (ack, {"type": "expiring", "expires_at": 1_001}):
+            peer.socket.protocol.send_text(json.dumps(frame).encode())
+        # In one piece, so that both are read in one turn.
+        peer.socket.transport.write(b"".join(peer.socket.protocol.data_to_send()))
         await peer.renew(await peer.expect("refresh", token="c"))
 
     async with scripted(script) as url, connect(url, token=Source("a", "b", "c")) as client:
