@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import redis
 
-from tests.faults import python
+from tests.faults import javascript, python
 from tests.faults.checker import LIVENESS_SECONDS, Invariant, Report, Violation, check
 from tests.faults.clients import GIVE_UP_SECONDS, Client, now
 from tests.faults.fleet import Fleet
@@ -50,6 +50,7 @@ DIRTY_CLIENTS = 4
 KINDS: dict[str, Callable[..., Member]] = {
     "own": Client,  # Shares no code with any client that people use.
     "python": python.Member,
+    "javascript": javascript.Member,
 }
 
 Say = Callable[[str], None]
