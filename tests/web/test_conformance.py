@@ -60,6 +60,12 @@ def test_the_javascript_client_passes() -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
+def test_the_python_client_passes() -> None:
+    done = suite("--patience", "3", sys.executable, str(GLUE / "python.py"))
+
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
 def test_a_naive_client_is_told_what_it_does_wrong() -> None:
     naive = str(Path(__file__).with_name("naive.py"))
     chosen = [word for name in ("first_connection", *FOUND) for word in ("--case", name)]
