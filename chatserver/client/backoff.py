@@ -54,7 +54,8 @@ class Backoff:
     def wait_after(self, why: Exception, lived: float = 0.0) -> float | None:
         """Seconds to wait after a connection that was open for ``lived``; None: do not come back.
 
-        What the server told to wait goes before anything else.
+        What the server told to wait goes before anything else. A crowd that is refused in one
+        second is told the same one: it is spread over more than that.
         """
         if lived >= STEADY_SECONDS:
             self._tries = self._faults = 0
@@ -63,13 +64,10 @@ class Backoff:
         if self._faults >= OWN_FAULT_TRIES or (isinstance(why, ChatError) and why.final):
             return None
         self._tries += 1
-        if (told := _told(why)) is not None:
-            return told / 1000
-        return full_jitter(self._tries - 1, self._first, self._longest, self._draw)
-
-
-def _told(why: Exception) -> int | None:
-    match why:
-        case DisconnectedError(after=told) | RefusedError(retry_after=told):
-            return told
-    return None
+        wait = full_jitter(self._tries - 1, self._first, self._longest, self._draw)
+        match why:
+            case DisconnectedError(after=int(told)):
+                return told / 1000
+            case RefusedError(retry_after=int(told)):
+                return told / 1000 + wait
+        return wait

@@ -30,8 +30,9 @@ class RefusedError(ChatError):
 
     @property
     def final(self) -> bool:
-        # Behind a proxy, a server that restarts looks like 502 or 504.
-        return self.status < 500 and self.status not in (401, 408, 425, 429)
+        # What does not come from this server is a deployment's: it passes.
+        ours = self.code is not None
+        return ours and self.status < 500 and self.status not in (401, 408, 425, 429)
 
     def __str__(self) -> str:
         return f"refused with {self.status} {self.code or 'and no code'}: {self.message}"

@@ -183,7 +183,7 @@ export interface Client {
   /** Call `watcher` with each new state; returns a function that ends it. */
   watch(watcher: (state: State) => void): () => void;
 
-  /** Wait until the room is joined, however long the connection takes: `leave` gives it up.
+  /** Wait until the room is joined, for as long as the deadline; `leave` gives it up before.
    *  Joining a room again gives a new Room in the place of the old. */
   join(name: string, options?: JoinOptions): Promise<Room>;
   leave(name: string): Promise<void>;

@@ -849,15 +849,21 @@ export function connect(url, options) {
       watchers.add(watcher);
       return () => watchers.delete(watcher);
     },
-    join(name, where = {}) {
-      if (over !== undefined) return Promise.reject(over);
+    async join(name, where = {}) {
+      if (over !== undefined) throw over;
       drop(name);
-      return new Promise((resolve, reject) => {
-        const room = openRoom(name, where, queue, enter, { send, history, leave });
-        room.settle = either(() => resolve(room.room), reject);
-        rooms.set(name, room);
-        enter(room);
-      });
+      const room = openRoom(name, where, queue, enter, { send, history, leave });
+      try {
+        return await within(deadline, () => new Promise((resolve, reject) => {
+          room.settle = either(() => resolve(room.room), reject);
+          rooms.set(name, room);
+          enter(room);
+        }));
+      } catch (error) {
+        // Nobody waits any more, and the server may have let it in all the same.
+        if (rooms.get(name) === room) leave(name).catch(() => {});
+        throw error;
+      }
     },
     leave,
     send,

@@ -250,7 +250,7 @@ at("leave").onclick = () => client.leave(current.name).catch(complain);
 async function join(name) {
   const view = openView(name);
   try {
-    view.room = await client.join(name);
+    view.room = await enter(name);
     view.head = view.room.position.offset;
     view.oldest = view.head + 1;
     showEarlier(view);
@@ -263,6 +263,17 @@ async function join(name) {
   view.tab.remove();
   remember({ ...me, rooms: [...rooms.keys()] });
   if (view === current) go(me.rooms[0]);
+}
+
+/** However long it takes. */
+async function enter(name) {
+  for (;;) {
+    try {
+      return await client.join(name);
+    } catch (error) {
+      if (error.name !== "TimeoutError") throw error;
+    }
+  }
 }
 
 function openView(name) {

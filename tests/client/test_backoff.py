@@ -42,7 +42,7 @@ def test_what_the_server_tells_goes_before_jitter_and_counts_as_a_try() -> None:
     backoff = Backoff(draw=most)
 
     assert backoff.wait_after(DisconnectedError(1012, "draining", after=1500)) == 1.5
-    assert backoff.wait_after(RefusedError(503, "overloaded", "No.", retry_after=7000)) == 7
+    assert backoff.wait_after(RefusedError(503, "overloaded", "No.", retry_after=7000)) == 7 + 2
     assert backoff.wait_after(lost()) == 4
 
 
@@ -54,7 +54,7 @@ def test_what_the_server_tells_goes_before_jitter_and_counts_as_a_try() -> None:
         DisconnectedError(4999, "something_new", after=5),
         RefusedError(400, "token_in_url", "No."),
         RefusedError(403, "origin_denied", "No."),
-        RefusedError(404, None, "Not Found"),
+        RefusedError(404, "not_found", "No."),
         TokenRefusedError(401, "token_revoked", "No."),
     ],
 )
@@ -68,6 +68,7 @@ def test_some_ends_are_final(why: Exception) -> None:
         *(DisconnectedError(code, "") for code in (1000, 1001, 1006, 1009, 1011, 1012, 1013)),
         *(DisconnectedError(code, "") for code in (4401, 4408, 4429, 4430, 4499)),
         *(RefusedError(status, None, "") for status in (401, 408, 425, 429, 500, 502, 503, 504)),
+        *(RefusedError(status, None, "a proxy's") for status in (400, 403, 404, 405)),
         TimeoutError(),
         OSError("the application's own"),
     ],

@@ -5,7 +5,7 @@
 import { subscribe } from "node:diagnostics_channel";
 import { createInterface } from "node:readline";
 
-import { CommandError, UnknownOutcomeError, connect } from "../../chatserver/web/chat.js";
+import { CommandError, TimeoutError, UnknownOutcomeError, connect } from "../../chatserver/web/chat.js";
 
 const REST = [100, 500];
 const DEADLINE = 5_000;
@@ -100,6 +100,10 @@ function createMember({ member: name, rooms, readable, url }) {
         await visit(mine, room);
       } catch (error) {
         if (mine.state.name === "closed") return;
+        if (error instanceof TimeoutError) {
+          write({ type: "count", member: name, what: "join timed out" });
+          continue;
+        }
         if (!(error instanceof CommandError)) return strange(error);
         inRoom("left", room, { reason: error.code });
         write({ type: "count", member: name, what: `join ${error.code}` });

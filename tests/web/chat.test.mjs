@@ -408,6 +408,18 @@ test("a join that is refused rejects, and one that is given up as well", async (
   await leaving;
 });
 
+test("a join has a deadline, and is left again in case that the server let it in", async () => {
+  const { client, socket } = await inRoom({ deadline: 20 });
+  const joining = client.join("other");
+  await socket.expect("join");
+  await rejects(joining, chat.TimeoutError);
+  assert.equal((await socket.expect("leave")).room, "other");
+  const net = network();
+  await rejects(connect(net, { deadline: 20 }).join("general"), chat.TimeoutError);
+  (await net.arrival()).welcome();
+  assert.deepEqual((await net.arrival()).heard, []);
+});
+
 // Commands.
 
 test("messages of one room go one after the other, those of others do not wait", async () => {
