@@ -483,6 +483,7 @@ class Client(Lifeline):
                 except Exception as exc:  # noqa: BLE001
                     log.warning("refreshing the token failed: %s", type(exc).__name__)
                     if isinstance(exc, TokenRefusedError):
+                        self._give_up(exc)
                         return
                     self._stale = True
                     await asyncio.sleep(wait_again(attempt, getattr(exc, "retry_after", None)))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from .backoff import Backoff
 from .connection import Connection
-from .errors import ChatError, DisconnectedError, RefusedError, TokenRefusedError
+from .errors import ChatError, CommandError, DisconnectedError, RefusedError, TokenRefusedError
 from .events import Frame, FrameError, Welcome, parse
 from .link import Link, check_url
 from .states import Closed, Connecting, Open, State, Waiting
@@ -154,6 +154,8 @@ class Lifeline(ABC):
             return DisconnectedError(1002, str(exc))
         except DisconnectedError as exc:
             return self._refused(exc, expired=True) if exc.code == 4401 else exc
+        except CommandError as exc:
+            return NoTokenError(exc)
         finally:
             self._drop()
             # Usually it has ended; but not when this task was cancelled, or is wrong.
@@ -173,8 +175,12 @@ class Lifeline(ABC):
         return self._welcomed or self._loop.time() + wait <= self._patient_until
 
     def _take_up(self, connection: Connection) -> None:
+        welcome = connection.link.welcome
+        if self._welcomed and welcome.user != self.welcome.user:
+            # Positions and keys are one user's own.
+            raise CommandError("identity_mismatch", "The new token is another user's.")
         self._connection = connection
-        self.welcome = connection.link.welcome
+        self.welcome = welcome
         self._tokens.accept(connection.left(self.welcome.expires_at), self._loop.time())
         self._begin(connection)
         self._tell(Open(self.welcome.connection))
@@ -184,6 +190,12 @@ class Lifeline(ABC):
         connection, self._connection = self._connection, None
         if connection is not None:
             self._lose(connection)
+
+    def _give_up(self, why: Exception) -> None:
+        """End it though there is a connection."""
+        self._finish(why)
+        if self._connection is not None:
+            self._connection.link.abort(DisconnectedError(1006, "given up by this client"))
 
     def _finish(self, why: Exception | None) -> None:
         if not isinstance(self.state, Closed):

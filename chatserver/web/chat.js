@@ -235,8 +235,8 @@ function openLink({ url, token, WebSocket, fetch, opened, received, lost }) {
     try {
       receive(JSON.parse(data));
     } catch (cause) {
-      const error = disconnected("the server sent what is not version 1 of the protocol");
-      end(Object.assign(error, { cause }));
+      const reason = "the server sent what is not version 1 of the protocol";
+      end(Object.assign(new DisconnectedError(1002, reason), { cause }));
     }
   };
   socket.onclose = ({ code, reason }) => {
@@ -872,13 +872,14 @@ export function connect(url, options) {
       if (fresh !== undefined) checkToken(fresh);
       else if (source === undefined) throw new TypeError("Which token? There is no function.");
       return within(deadline, async (signal) => {
-        for (;;) {
+        for (let tries = 0; ; ) {
           await client.opened();
           try {
             return await (fresh === undefined ? renew() : put(link, fresh));
           } catch (error) {
             const lost = error instanceof DisconnectedError && over === undefined;
-            if (!lost || signal.aborted) throw error;
+            if (signal.aborted || !(lost || error.temporary)) throw error;
+            if (!lost) await doze(error.retry_after ?? jitter(tries++, first, LONGEST_AGAIN)).over;
           }
         }
       });

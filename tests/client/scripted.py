@@ -39,14 +39,19 @@ class Peer:
         self.socket = socket
 
     async def welcome(
-        self, *, expires_at: int = 900_000, interval: int = 25_000, **limits: int
+        self,
+        *,
+        user: str = "alice",
+        expires_at: int = 900_000,
+        interval: int = 25_000,
+        **limits: int,
     ) -> None:
         await self.say(
             "welcome",
             protocol=1,
             connection="c1",
             session="s1",
-            user="alice",
+            user=user,
             roles=["member"],
             ts=1_000,
             expires_at=expires_at,

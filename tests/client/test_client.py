@@ -1175,6 +1175,36 @@ async def test_a_session_that_is_over_ends_the_client() -> None:
             await anext(room)
 
 
+async def test_a_session_that_is_over_ends_the_client_while_its_token_is_still_good() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.admit(0)
+        await peer.say("expiring", expires_at=900_000)
+
+    over = TokenRefusedError(401, "token_revoked", "No.")
+    async with scripted(script) as url, swift(url, token=Source("a", over)) as client:
+        room = await client.join("general")
+        with pytest.raises(TokenRefusedError):
+            await anext(room)
+        assert client.state == Closed(over)
+
+
+async def test_a_new_token_of_another_user_is_the_end() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.admit(0)
+        await peer.bye(4401, "token_expired")
+
+    async def last(peer: Peer) -> None:
+        await peer.welcome(user="bob")
+
+    async with scripted(script, last) as url, swift(url, token=Source("a", "b")) as client:
+        room = await client.join("general")
+        with pytest.raises(CommandError, match="identity_mismatch"):
+            await anext(room)
+        assert client.welcome.user == "alice"
+
+
 async def test_a_logout_ends_the_client_without_a_word() -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()

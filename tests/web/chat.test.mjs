@@ -258,6 +258,17 @@ test("a refresh waits for the connection, and survives its loss", async () => {
   assert.equal((await net.arrival(2)).protocols[1], "bearer.t1");
 });
 
+test("a refresh that is refused for now is repeated", async () => {
+  const { client, socket } = await inRoom();
+  const refreshing = client.refresh("t1");
+  const { id } = await socket.expect("refresh");
+  socket.say("error", { id, code: "unavailable", message: "No.", retry_after: 1 });
+  const again = await socket.expect("refresh");
+  assert.equal(again.token, "t1");
+  socket.ack(again, { expires_at: 5, roles: [], left: [] });
+  assert.equal((await refreshing).expires_at, 5);
+});
+
 test("a token function that fails is asked again", async () => {
   const net = network();
   let calls = 0;
