@@ -16,7 +16,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 
 import uvloop
@@ -132,6 +132,7 @@ class Worker:
         self._replaced = False
         """Another worker serves on the same socket."""
         self._frozen = -FREEZE_CONNECTIONS
+        self._ending = False
 
     async def serve(self, sock: socket.socket, ready: Callable[[], None]) -> int:
         loop = asyncio.get_running_loop()
@@ -139,11 +140,22 @@ class Worker:
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._be_replaced)
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(run()) for run in self._running]
+            running = [tasks.create_task(self._keep(run)) for run in self._running]
             try:
                 return await self._serve(sock, ready)
             finally:
+                self._ending = True
                 await _end(running)
+
+    async def _keep(self, run: Callable[[], Coroutine[None, None, None]]) -> None:
+        """A part that ends as if cancelled, by nobody here, ends the worker: to a TaskGroup that is
+        no failure, and without that part it would look well."""
+        try:
+            await run()
+        except asyncio.CancelledError:
+            if self._ending:
+                raise
+            raise RuntimeError(f"{run!r} was lost") from None
 
     async def _serve(self, sock: socket.socket, ready: Callable[[], None]) -> int:
         if not await self._current():

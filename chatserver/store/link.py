@@ -395,7 +395,7 @@ class Subscription:
             while True:
                 try:
                     await self._listen()
-                except* (RedisError, OSError, TimeoutError, StoreRefused):
+                except (RedisError, OSError, TimeoutError, StoreRefused):
                     measured.store_failures[SUBSCRIPTION] += 1
                     connected = self._heard_at > 0
                     wait = shortest if connected else min(longest, wait * 2)
@@ -413,9 +413,17 @@ class Subscription:
         self._unconfirmed.clear()
         self._unsent = dict.fromkeys(self._channels, True)
         self._changed.set()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._write())
-            tasks.create_task(self._read())
+        # Not a TaskGroup: it cancels this very task when a child fails, and before Python 3.11.3 a
+        # later timeout in it would end as that cancellation, and the subscription with it.
+        tasks = [asyncio.create_task(part) for part in (self._write(), self._read())]
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in ended:
+            task.result()
 
     async def _write(self) -> None:
         """Send what changed, and pings, for redis-py can go deaf without an error."""
