@@ -250,7 +250,7 @@ at("leave").onclick = () => client.leave(current.name).catch(complain);
 async function join(name) {
   const view = openView(name);
   try {
-    view.room = await enter(name);
+    view.room = await insist(name);
     view.head = view.room.position.offset;
     view.oldest = view.head + 1;
     showEarlier(view);
@@ -266,7 +266,7 @@ async function join(name) {
 }
 
 /** However long it takes. */
-async function enter(name) {
+async function insist(name) {
   for (;;) {
     try {
       return await client.join(name);
