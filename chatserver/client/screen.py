@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import termios
@@ -87,7 +88,16 @@ class Screen:
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
         except OSError as exc:
+            _let_go(stream)
             raise ScreenLostError(str(exc)) from exc
+
+
+def _let_go(stream: TextIO) -> None:
+    """What it still holds goes nowhere: Python would try again at its end, and complain."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class Terminal(Screen):
