@@ -90,14 +90,18 @@ async def test_killed_workers_cost_nobody_a_message(stage: Theatre) -> None:
     name, kills = unique("room"), 2
     sent = itertools.count()
     done = asyncio.Event()
+    heard: list[object] = []
 
     async def talk(client: Client) -> None:
-        while not done.is_set():
-            await client.send(name, next(sent))
+        for number in sent:
+            await client.send(name, number)
+            # Never so far ahead that the log would forget what somebody has yet to see.
+            await eventually(lambda: number - len(heard) < 500, within=4 * PATIENCE)  # noqa: B023
+            if done.is_set():
+                return
 
     async with swift(stage, "alice") as alice, swift(stage, "bob") as bob:
         room = await bob.join(name)
-        heard: list[object] = []
         listening = asyncio.create_task(listen(room, heard))
         talking = asyncio.create_task(talk(alice))
         for slot in range(kills):
