@@ -347,8 +347,8 @@ class Client:
         except (ConnectionClosed, TimeoutError, ValueError):
             socket.transport.abort()
             return _code(socket)
-        if welcome["type"] != "welcome":
-            self._strange(welcome)
+        if not isinstance(welcome, dict) or welcome.get("type") != "welcome":
+            self._strange({"welcome": welcome})
         self.connection = f"{self.name}#{next(self._connections)}"
         self.port = socket.transport.get_extra_info("sockname")[1]
         self._world.add(
