@@ -1,0 +1,60 @@
+"""The door's queue, by itself: who comes when, whatever befalls one of them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from chatserver.core.errors import StoreUnavailable
+from chatserver.core.handshake import Attempt
+from chatserver.net.connection import Phase
+from chatserver.net.listener import Listener, Newcomer
+from tests.support.worker import eventually
+
+
+class Hub:
+    """Meets a bug of its own with the first token, and knows nothing of the others."""
+
+    def verify(self, token: str) -> None:
+        if token == "t0":
+            raise RuntimeError("a bug")
+        raise StoreUnavailable("away")
+
+
+class Waiting:
+    """A connection that has asked to be let in."""
+
+    phase = Phase.HANDSHAKE
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+
+    def respond(self, response: Any) -> None:
+        self.answers.append(response)
+
+
+async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
+    seen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context))
+    listener = Listener(
+        Hub(),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        frame_bytes=1024,
+        extensions=[],
+        handshake_rate=1000,
+        admission_rate=100,
+        handshake_seconds=5,
+        connections=10,
+        sockets=10,
+    )
+    before, first, second = Waiting(), Waiting(), Waiting()
+    for number, waiting in ((1, before), (0, first), (2, second)):
+        attempt = Attempt(f"t{number}", "192.0.2.1", None, True, None)
+        listener._queue_up(Newcomer(waiting, None, attempt, None))  # type: ignore[arg-type]
+
+    await eventually(lambda: second.answers)
+
+    assert [answer.status_code for answer in second.answers] == [503]
+    assert first.answers == []
+    assert [str(context["exception"]) for context in seen] == ["a bug"]
