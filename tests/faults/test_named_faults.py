@@ -21,7 +21,7 @@ from tests.conftest import AMPLE
 from tests.faults.checker import Report, check
 from tests.faults.clients import Client
 from tests.faults.fleet import Fleet
-from tests.faults.history import Closed, History, Joined, Reset
+from tests.faults.history import Closed, History, Joined, Reset, Sent
 from tests.faults.nemesis import Nemesis, Theatre
 from tests.faults.run import dirty_fleet, heal, read_logs, theatre
 from tests.faults.server import until
@@ -89,6 +89,10 @@ async def conclude(stage: Theatre, *publishing: asyncio.Task[None]) -> Report:
     report = Report.of(stage.history)
     assert report.outcomes["ok"] > 0
     return report
+
+
+def acked(stage: Theatre) -> int:
+    return sum(isinstance(r, Sent) and r.outcome == "ok" for r in stage.history)
 
 
 def closes(stage: Theatre) -> list[int]:
@@ -170,7 +174,8 @@ async def test_a_store_whose_file_was_cut_off_tells_those_who_had_seen_more(
     await gather(stage)
     publishing = stage.fleet.publish(60)
     for _ in range(5):
-        await asyncio.sleep(0.4)
+        before = acked(stage)
+        assert await until(lambda before=before: acked(stage) > before + 10, PATIENCE)  # type: ignore[misc]
         await Nemesis(stage).cut_store_off(0, DICE)
     report = await conclude(stage, publishing)
 
