@@ -59,7 +59,7 @@ def notices(results: Results) -> list[str]:
     counts, options = results.counts, results.options
     slowest = [effort for effort in results.efforts() if effort.bottleneck]
     if slowest:
-        found.append(_bottleneck(max(slowest, key=lambda effort: (effort.cpu, effort.lag_p99))))
+        found.append(_bottleneck(max(slowest, key=lambda effort: effort.strain)))
     if results.ended_early:
         found.append("It was ended early.")
     if total(counts, "error_rate_limited"):

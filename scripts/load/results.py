@@ -52,7 +52,12 @@ class Effort(NamedTuple):
 
     @property
     def bottleneck(self) -> bool:
-        return self.cpu > BUSY or self.lag_p99 > LATE_MS
+        return self.strain > 1.0
+
+    @property
+    def strain(self) -> float:
+        """How near it came to a limit, the nearer of the two; above 1 it was too much."""
+        return max(self.cpu / BUSY, self.lag_p99 / LATE_MS)
 
 
 @dataclass(slots=True)

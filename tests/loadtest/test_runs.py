@@ -167,17 +167,20 @@ async def test_a_process_that_was_held_up_says_that_it_was_the_bottleneck(
         await eventually(lambda: len(command.processes()) == 2)
         pid = command.processes()[0]
         await eventually(lambda: _sockets(pid) > 12)
-        os.kill(pid, signal.SIGSTOP)
-        await asyncio.sleep(0.5)  # The condition is the time itself.
-        os.kill(pid, signal.SIGCONT)
+        # More than once: of a hundred looks at the loop, one that is late is beyond the p99.
+        for _ in range(4):
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(0.25)  # The condition is the time itself.
+            os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0.02)
         outcome = command.outcome()
     finally:
         command.kill()
 
-    assert "The load test itself was the bottleneck: process 1" in " ".join(outcome.out.split())
-    assert (
-        outcome.found["processes"][0]["bottleneck"] or outcome.found["processes"][1]["bottleneck"]
-    )
+    held = max(outcome.found["processes"], key=lambda effort: effort["lag_p99"])
+    told = f"The load test itself was the bottleneck: process {held['process'] + 1}"
+    assert held["bottleneck"]
+    assert told in " ".join(outcome.out.split())
 
 
 def _sockets(pid: int) -> int:
