@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,16 @@ from tests.support.worker import Worker
 StartWorker = Callable[..., Worker]
 AMPLE = dict.fromkeys(("send_rate", "send_burst", "command_rate", "command_burst"), 1_000_000)
 """Rates that no test reaches by accident."""
+
+
+def pytest_configure() -> None:
+    """Let the processes under test hear their signals, under nohup and in a script's background.
+
+    What is ignored stays so in every child, but a function's place is taken by the default.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
