@@ -37,7 +37,7 @@ from chatserver.net.http import refuse
 
 if TYPE_CHECKING:
     from chatserver.core.protocol import ChatProtocol
-    from chatserver.net.fanout import Member
+    from chatserver.net.members import Member
 
 WRITE_HIGH = 32_768
 """Above this the connection is lagging; uvloop's own default is 64 KiB, under TLS 512 KiB."""

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
-from enum import Enum, auto
 
 from chatserver import telemetry
 from chatserver.core import errors, frames
@@ -30,17 +28,13 @@ from chatserver.core.room import Event, Feed, Reading, Step
 from chatserver.metrics import measured
 from chatserver.net.compression import SharedFrames
 from chatserver.net.connection import Connection, Phase, text_frame
+from chatserver.net.members import UNISON_LEAST, UNISON_MOST, Member, Standing, Unison
+from chatserver.net.recent import Memory, Recent
 from chatserver.store.link import Subscription
 from chatserver.store.log import RoomLog, channel, parse_live, room_of
 
 WRITES_PER_ITERATION = 2000
 """Sockets written to before the loop may do something else: some 12 ms of kernel time."""
-UNISON_MEMBERS = 64
-"""Rooms from this size on are written to without a look at each member, which is a tenth of what a
-delivery costs. In smaller ones a look for a reply to join the event saves more: a whole send."""
-RECENT_BYTES = 262_144
-RECENT_TOTAL = 67_108_864
-"""Recent events of one room, and of all: the rooms go first that were silent longest."""
 CHECK_SECONDS = 30.0
 """How often each room's position is compared with its log: pub/sub may lose the last message."""
 ROUND_TICKS = 60
@@ -51,44 +45,6 @@ LINGER_SECONDS = 10.0
 """An empty room stays subscribed so long: people come back."""
 
 log = telemetry.logger(__name__)
-
-
-class Standing(Enum):
-    BEHIND = auto()
-    LIVE = auto()
-    GONE = auto()
-
-
-class Member:
-    """One connection in one room, and how far it has got."""
-
-    __slots__ = ("_position", "connection", "epoch", "reading", "room", "standing")
-
-    def __init__(self, connection: Connection, room: Room, epoch: str, position: int) -> None:
-        self.connection = connection
-        self.room = room
-        self.epoch = epoch
-        self._position: int | None = position
-        self.standing = Standing.BEHIND
-        self.reading = False
-        """A read of the log is under way for it."""
-
-    @property
-    def position(self) -> int:
-        """Offset of the last event written to it."""
-        return self.room.unison_at if self._position is None else self._position
-
-    @position.setter
-    def position(self, offset: int) -> None:
-        self._position = offset
-
-    def fall_in(self) -> None:
-        """From here on its position is the room's ``unison_at``."""
-        self._position = None
-
-    def fall_out(self) -> None:
-        """Its position is its own again."""
-        self._position = self.position
 
 
 class Room:
@@ -106,12 +62,9 @@ class Room:
         "pending",
         "reading",
         "recent",
-        "recent_bytes",
         "steady",
         "targets",
         "unison",
-        "unison_at",
-        "unison_until",
         "waiting",
     )
 
@@ -132,24 +85,33 @@ class Room:
         """Events of this tick, not yet written to anyone."""
         self.targets: Batch | None = None
         """A write to more members than one iteration serves."""
-        self.recent: deque[Event] = deque()
-        self.recent_bytes = 0
+        self.recent = Recent()
         self.checked_at = now
         self.left_at = now
-        self.unison: Unison | None = None
-        """Where all live members are written to, while they are all at one position: without a
-        look at each, a delivery costs little more than the kernel's send."""
-        self.unison_at = 0
-        """That position."""
-        self.unison_until = 0.0
-        """When the first of their tokens expires."""
+        self.unison: dict[int, Unison] = {}
+        """While nobody is different, all live members in their order: each group by the number of
+        members before it. In a small room none."""
         self.steady = False
         """Who is live has not changed for a whole batch."""
 
     def part(self) -> None:
         """Its live members are not the same any more, or not for as long."""
-        self.unison = None
+        self.unison.clear()
         self.steady = False
+
+    def fall_in(self, position: int) -> None:
+        """All live members are written to in unison from here on, if that will last: that is when
+        they have been the same for two batches."""
+        if self.unison or len(self.live) < UNISON_LEAST:
+            return
+        if not self.steady:
+            self.steady = True
+            return
+        members = list(self.live)
+        if any(member.position != position for member in members):
+            return
+        for start in range(0, len(members), UNISON_MOST):
+            self.unison[start] = Unison(members[start : start + UNISON_MOST], position)
 
     def written(self) -> int:
         """Up to this offset live members have been served or are being served."""
@@ -159,18 +121,14 @@ class Room:
         return self.feed.offset
 
 
-Unison = dict[int, list[Callable[[bytes], None]]]
-"""Transports' ``write``, by the window of what they may be sent compressed."""
-
-
 class Batch:
     """A tick's frames on their way to the members that were live then."""
 
     __slots__ = ("base", "events", "frames", "members", "next", "origins", "taken_at", "top")
 
-    def __init__(self, events: list[Event]) -> None:
+    def __init__(self, events: list[Event], members: list[Member]) -> None:
         self.events = events
-        self.members: list[Member] = []
+        self.members = members
         self.next = 0
         self.base = events[0].offset - 1
         self.top = events[-1].offset
@@ -213,9 +171,7 @@ class Fanout:
         """Connections that hold what they are to be told beside the rooms' events."""
         self._unrepaired: set[Room] = set()
         self._retry: set[Member] = set()
-        self._remembered: dict[Room, None] = {}
-        """Rooms with recent events, the one that was silent longest first."""
-        self._remembered_bytes = 0
+        self._memory = Memory()
         self._round: list[Room] = []
         """Rooms to be looked at before the next round begins."""
         self._share = 1
@@ -350,8 +306,9 @@ class Fanout:
             if member.position >= room.written():
                 self._go_live(member)
                 return
-            if room.recent and room.recent[0].offset <= member.position + 1:
-                self._serve(member, [e for e in room.recent if e.offset > member.position])
+            recent = room.recent.after(member.position)
+            if recent is not None:
+                self._serve(member, recent)
                 return
         if room.reading and member.epoch != feed.epoch:
             # The room is about to learn of another epoch; one of the two is out of date.
@@ -415,7 +372,7 @@ class Fanout:
     def _caught_up(self, room: Room) -> None:
         room.behind -= 1
         if room.behind == 0:
-            self._forget(room)
+            self._memory.forget(room.recent)
 
     def _settle(self, member: Member, reading: Reading) -> None:
         """Tell a member where it is in the log as it was read."""
@@ -427,26 +384,6 @@ class Fanout:
         elif reading.epoch != member.epoch:
             connection.send(frames.epoch(name, reading.epoch))
         member.epoch = reading.epoch
-
-    def _remember(self, room: Room, events: list[Event]) -> None:
-        """Keep what members that are behind will need to close the last gap."""
-        before = room.recent_bytes
-        for event in events:
-            room.recent.append(event)
-            room.recent_bytes += len(event.payload)
-        while room.recent_bytes > RECENT_BYTES:
-            room.recent_bytes -= len(room.recent.popleft().payload)
-        self._remembered_bytes += room.recent_bytes - before
-        self._remembered.pop(room, None)
-        self._remembered[room] = None
-        while self._remembered_bytes > RECENT_TOTAL:
-            self._forget(next(iter(self._remembered)))
-
-    def _forget(self, room: Room) -> None:
-        self._remembered.pop(room, None)
-        self._remembered_bytes -= room.recent_bytes
-        room.recent.clear()
-        room.recent_bytes = 0
 
     # Live events.
 
@@ -485,7 +422,7 @@ class Fanout:
         if step.events:
             room.pending += step.events
             if room.behind:
-                self._remember(room, step.events)
+                self._memory.remember(room.recent, step.events)
             self._dirty[room] = None
             self._schedule_flush()
         if room.feed.behind:
@@ -496,7 +433,7 @@ class Fanout:
         """The log goes on under another epoch, or elsewhere: each member is told its part."""
         self._write_out(room)
         room.part()
-        self._forget(room)
+        self._memory.forget(room.recent)
         now = time.time()
         for member in list(room.live):
             if member.connection.expires_at <= now:
@@ -560,13 +497,13 @@ class Fanout:
         # Small rooms first, for a member may get a reply in the same write; the other replies
         # before what large rooms write in unison, which looks at nobody and may not overtake them.
         if fresh:
-            self._write_rooms([room for room in self._dirty if len(room.live) < UNISON_MEMBERS])
+            self._write_rooms([room for room in self._dirty if len(room.live) < UNISON_LEAST])
         replies, self._replies = self._replies, []
         for connection in replies:
             if connection.phase is Phase.OPEN:
                 connection.flush()
         if fresh:
-            self._write_rooms([room for room in self._dirty if len(room.live) >= UNISON_MEMBERS])
+            self._write_rooms([room for room in self._dirty if len(room.live) >= UNISON_LEAST])
             if self._dirty:
                 self._schedule_flush()
 
@@ -585,22 +522,34 @@ class Fanout:
             self._write(room, len(room.live) + 1)
 
     def _write(self, room: Room, most: int) -> int:
-        """Write the room's current batch to at most so many members. Returns to how many."""
+        """Write the room's current batch to about so many members. Returns to how many."""
         now = time.time()
         batch = room.targets
         if batch is None:
             if not room.pending:
                 return 0
             events, room.pending = room.pending, []
-            batch = Batch(events)
-            if room.unison is not None and not batch.origins and room.unison_until > now:
-                return _write_in_unison(room, batch, room.unison)
-            batch.members = list(room.live)
-            room.targets = batch
-        chunk = batch.members[batch.next : batch.next + most]
-        batch.next += len(chunk)
+            batch = room.targets = Batch(events, list(room.live))
+            if batch.origins:
+                room.unison.clear()  # One of them may see a skip in it.
+        served = 0
+        while served < most and batch.next < len(batch.members):
+            unison = room.unison.get(batch.next)
+            if unison is not None and unison.until > now:
+                written = len(unison)
+                batch.count(written * len(batch.events), unison.write(batch.frames, batch.top))
+            else:
+                written = self._write_each(batch, most - served, now)
+            batch.next += written
+            served += written
         if batch.next >= len(batch.members):
             room.targets = None
+            room.fall_in(batch.top)
+        return served
+
+    def _write_each(self, batch: Batch, most: int, now: float) -> int:
+        """Look at the batch's next members, one by one. Returns at how many."""
+        chunk = batch.members[batch.next : batch.next + most]
         base, top, shared = batch.base, batch.top, batch.frames
         live = Standing.LIVE
         origins = batch.origins
@@ -621,8 +570,6 @@ class Fanout:
                 self._write_singly(member, batch)
         if served:
             batch.count(served * len(batch.events), size)
-        if room.targets is None:
-            _fall_in(room, top)
         return len(chunk)
 
     def _write_singly(self, member: Member, batch: Batch) -> None:
@@ -693,45 +640,11 @@ class Fanout:
 
     def _drop(self, room: Room) -> None:
         del self._rooms[room.name]
-        self._forget(room)
+        self._memory.forget(room.recent)
         self._dirty.pop(room, None)
         self._unrepaired.discard(room)
         assert self._subscription is not None
         self._subscription.unsubscribe(channel(room.name))
-
-
-def _write_in_unison(room: Room, batch: Batch, unison: Unison) -> int:
-    # Whoever stalls at its own write has it.
-    room.unison_at = batch.top
-    served = size = 0
-    for window_bits, writes in unison.items():
-        data = batch.frames[window_bits]
-        for write in writes:
-            write(data)
-        served += len(writes)
-        size += len(writes) * len(data)
-    batch.count(served * len(batch.events), size)
-    return served
-
-
-def _fall_in(room: Room, position: int) -> None:
-    """Have the room written to in unison, when that will last: twice the same live members."""
-    members = room.live
-    if not UNISON_MEMBERS <= len(members) <= WRITES_PER_ITERATION:
-        return
-    if not room.steady:
-        room.steady = True
-        return
-    if any(member.position != position for member in members):
-        return
-    room.unison_at = position
-    room.unison_until = min(member.connection.expires_at for member in members)
-    unison: Unison = {}
-    for member in members:
-        connection = member.connection
-        unison.setdefault(connection.window_bits, []).append(connection.transport.write)
-        member.fall_in()
-    room.unison = unison
 
 
 def _receptive(connection: Connection) -> bool:

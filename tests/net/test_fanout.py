@@ -18,7 +18,8 @@ from chatserver.core.room import Event, Reading
 from chatserver.metrics import measured
 from chatserver.net import compression
 from chatserver.net.connection import Connection, Phase
-from chatserver.net.fanout import UNISON_MEMBERS, WRITES_PER_ITERATION, Fanout
+from chatserver.net.fanout import WRITES_PER_ITERATION, Fanout
+from chatserver.net.members import UNISON_LEAST, UNISON_MOST
 from chatserver.store.log import channel
 
 ROOM = "general"
@@ -433,13 +434,13 @@ async def in_unison(house: House, members: int) -> list[Connection]:
     for _ in range(2):
         house.publish()
         await settle()
-    assert found[0].memberships[ROOM].room.unison is not None
+    assert found[0].memberships[ROOM].room.unison
     return found
 
 
 async def test_in_a_large_room_a_reply_is_not_overtaken_by_a_later_event() -> None:
     house = House()
-    members = await in_unison(house, UNISON_MEMBERS)
+    members = await in_unison(house, UNISON_LEAST)
     members[0].send(b'{"type":"ack","id":1}')
     house.publish()
     await settle()
@@ -447,9 +448,21 @@ async def test_in_a_large_room_a_reply_is_not_overtaken_by_a_later_event() -> No
     assert [frame["type"] for frame in seen(members[0])] == ["message", "message", "ack", "message"]
 
 
+async def test_in_a_large_room_a_sender_sees_a_skip_where_it_wants_no_echo() -> None:
+    house = House()
+    members = await in_unison(house, UNISON_LEAST)
+    sender, *others = members
+    house.publish(origin=sender.id)
+    house.publish()
+    await settle()
+
+    assert [frame["type"] for frame in seen(sender)] == ["message", "message", "skip", "message"]
+    assert all(offsets(member) == [1, 2, 3, 4] for member in others)
+
+
 async def test_in_a_large_room_nothing_is_delivered_to_whoever_has_left() -> None:
     house = House()
-    members = await in_unison(house, UNISON_MEMBERS + 1)
+    members = await in_unison(house, UNISON_LEAST + 1)
     house.fanout.leave(members[0], ROOM)
     house.publish()
     await settle()
@@ -460,7 +473,7 @@ async def test_in_a_large_room_nothing_is_delivered_to_whoever_has_left() -> Non
 
 async def test_in_a_large_room_nothing_is_delivered_to_whoever_was_revoked_in_this_tick() -> None:
     house = House()
-    members = await in_unison(house, UNISON_MEMBERS)
+    members = await in_unison(house, UNISON_LEAST)
     house.publish()
     members[0].deafen()
     await settle()
@@ -473,12 +486,12 @@ async def test_in_a_large_room_an_expired_token_is_noticed_before_the_next_deliv
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     house = House()
-    members = await in_unison(house, UNISON_MEMBERS)
+    members = await in_unison(house, UNISON_LEAST)
     members[0].serve_until(time.time() + 100)
     for _ in range(2):
         house.publish()
         await settle()
-    assert members[0].memberships[ROOM].room.unison is not None
+    assert members[0].memberships[ROOM].room.unison
     late = time.time() + 101
     monkeypatch.setattr("chatserver.net.fanout.time.time", lambda: late)
     house.publish()
@@ -502,6 +515,37 @@ async def test_a_huge_room_is_written_to_over_several_iterations() -> None:
     await settle()
     assert offsets(last) == []
     assert all(offsets(member) == [1, 2] for member in members[:-1])
+
+
+async def test_a_huge_room_goes_on_in_unison_in_the_next_iteration() -> None:
+    house = House()
+    members = await in_unison(house, WRITES_PER_ITERATION + UNISON_MOST + 10)
+    room = members[0].memberships[ROOM].room
+    house.publish()
+    await asyncio.sleep(0)
+    served = sum(offsets(member) == [1, 2, 3] for member in members)
+    assert served == WRITES_PER_ITERATION
+
+    house.publish()
+    await settle()
+    assert len(room.unison) == WRITES_PER_ITERATION // UNISON_MOST + 2
+    assert all(offsets(member) == [1, 2, 3, 4] for member in members)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+async def test_whoever_is_revoked_amid_a_huge_rooms_delivery_gets_no_more(place: int) -> None:
+    house = House()
+    members = await in_unison(house, WRITES_PER_ITERATION + UNISON_MOST + 10)
+    house.publish()
+    await asyncio.sleep(0)
+    revoked = members.pop(place)
+    seen_by_then = offsets(revoked)
+    revoked.deafen()
+    house.publish()
+    await settle()
+
+    assert offsets(revoked) == seen_by_then
+    assert all(offsets(member) == [1, 2, 3, 4] for member in members)
 
 
 async def test_nothing_is_delivered_while_revocations_are_not_current() -> None:
@@ -622,18 +666,18 @@ async def test_a_reader_ahead_of_its_worker_is_reset_where_the_worker_is_not() -
 async def test_recent_events_of_all_rooms_together_are_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("chatserver.net.fanout.RECENT_TOTAL", 900)
+    monkeypatch.setattr("chatserver.net.recent.TOTAL_BYTES", 900)
     house = House()
     slow = house.joined("slow")
     house.fanout.hold_back(slow)
     room = slow.memberships[ROOM].room
     for _ in range(3):
         house.publish()
-    assert len(room.recent) == 3
+    assert len(room.recent.events) == 3
     house.publish()
     house.publish()
     house.publish()
-    assert room.recent_bytes <= 900
+    assert room.recent.size <= 900
 
     house.fanout.catch_up(slow)
     while house.log.asked:
@@ -728,13 +772,15 @@ async def test_an_empty_room_is_forgotten_after_a_while(monkeypatch: pytest.Monk
     assert house.subscriptions.channels == set()
 
 
-@pytest.mark.parametrize("in_unison", [False, True])
+@pytest.mark.parametrize("together", [0, 2, 500])
 @pytest.mark.parametrize("seed", range(40))
 async def test_every_member_sees_each_event_once_and_in_order(
-    seed: int, in_unison: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the store loses, doubles and answers late, and whoever comes, stalls and goes."""
-    monkeypatch.setattr("chatserver.net.fanout.UNISON_MEMBERS", 1 if in_unison else 1000)
+    monkeypatch.setattr("chatserver.net.fanout.UNISON_LEAST", 1 if together else 1000)
+    monkeypatch.setattr("chatserver.net.fanout.UNISON_MOST", together)
+    monkeypatch.setattr("chatserver.net.fanout.WRITES_PER_ITERATION", 3)
     chance = random.Random(seed)
     house = House()
     connections = [house.connection(f"c{i}", (0, 12, 0, 9)[i]) for i in range(4)]
