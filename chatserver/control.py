@@ -34,8 +34,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatserver import telemetry
 from chatserver.core import frames
+from chatserver.core.effects import Publish, Published
 from chatserver.core.errors import StoreUnavailable
-from chatserver.core.protocol import PAGE_BYTES, Publish, Published
+from chatserver.core.protocol import PAGE_BYTES
 from chatserver.core.room import Reading, has_more
 from chatserver.core.session import Kind
 from chatserver.exposition import OPENMETRICS, exposition

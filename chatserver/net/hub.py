@@ -19,13 +19,9 @@ from typing import assert_never
 from chatserver import telemetry
 from chatserver.core import errors, frames
 from chatserver.core.claims import Identity
-from chatserver.core.errors import Disconnect, ReplyCode, StoreUnavailable, TokenRefused
-from chatserver.core.flow import Limits, Verdict, judge_reader
-from chatserver.core.protocol import (
-    PAGE_BYTES,
+from chatserver.core.effects import (
     Abandon,
     Admit,
-    ChatProtocol,
     Close,
     Effect,
     Ended,
@@ -46,6 +42,9 @@ from chatserver.core.protocol import (
     Verify,
     Withhold,
 )
+from chatserver.core.errors import Disconnect, ReplyCode, StoreUnavailable, TokenRefused
+from chatserver.core.flow import Limits, Verdict, judge_reader
+from chatserver.core.protocol import PAGE_BYTES, ChatProtocol
 from chatserver.core.room import Reading, has_more
 from chatserver.core.session import Kind, Revocation
 from chatserver.metrics import ACCEPTED, DUPLICATE, STORED, measured

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from chatserver.core.effects import Publish, Published
 from chatserver.core.errors import StoreUnavailable
-from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
 from chatserver.settings import Settings
 from chatserver.store.link import PUBLISH, READ, Call, Lane, Reply, Store, understood

@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 
 from chatserver.core import errors, frames
 from chatserver.core.claims import Identity
-from chatserver.core.errors import MESSAGES, ReplyCode
-from chatserver.core.flow import Limits
-from chatserver.core.frames import Since
-from chatserver.core.protocol import (
-    CONGESTED,
-    EXPIRED_GRACE,
+from chatserver.core.effects import (
     Abandon,
     Admit,
-    ChatProtocol,
     Close,
     Effect,
     Ended,
@@ -40,6 +34,10 @@ from chatserver.core.protocol import (
     Verify,
     Withhold,
 )
+from chatserver.core.errors import MESSAGES, ReplyCode
+from chatserver.core.flow import Limits
+from chatserver.core.frames import Since
+from chatserver.core.protocol import CONGESTED, EXPIRED_GRACE, ChatProtocol
 from chatserver.core.room import Event, Reading
 
 NOW = 1_700_000_000.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from chatserver.core.effects import Verify
 from chatserver.core.frames import Refresh, parse_command
 from chatserver.core.handshake import Attempt, Deposit, Request, TokenRoute
-from chatserver.core.protocol import Verify
 from chatserver.store.keyring import Keyring
 from chatserver.store.refresh import RefreshTokens
 from chatserver.store.sessions import TokenPair

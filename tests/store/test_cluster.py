@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from chatserver.core.effects import Publish, Published
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.frames import message_parts
-from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Reading
 from chatserver.core.session import Kind
 from chatserver.store import keys

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from chatserver.core.effects import Published
 from chatserver.core.errors import StoreUnavailable
-from chatserver.core.protocol import Published
 from tests.store.test_log import HISTORY, Rooms
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey

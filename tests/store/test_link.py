@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio.connection import Connection as RedisConnection
 
+from chatserver.core.effects import Publish
 from chatserver.core.errors import StoreUnavailable
-from chatserver.core.protocol import Publish
 from chatserver.store.link import READ, Lane, Store, Subscription, understood
 from chatserver.store.log import RoomLog, channel
 from chatserver.store.topology import Argument, packed

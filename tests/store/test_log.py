@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from chatserver.core.effects import Publish, Published
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.frames import message_parts
-from chatserver.core.protocol import Publish, Published
 from chatserver.core.room import Event, Reading
 from chatserver.store import log
 from chatserver.store.link import Reply, Store
