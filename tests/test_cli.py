@@ -22,6 +22,7 @@ import structlog
 from click.testing import CliRunner, Result
 
 from chatserver import cli, supervisor
+from chatserver.cli import check, serve
 from chatserver.core.session import Kind
 from chatserver.settings import COMMAND, development_secret, load, variable
 from chatserver.store import revocations
@@ -709,10 +710,10 @@ def test_check_is_loud_about_a_store_that_evicts(run: Run, own_valkey: Valkey) -
 
 
 def test_check_says_that_a_store_is_too_old() -> None:
-    assert cli._store_problems("6.2.14", "noeviction") == [
+    assert check._store_problems("6.2.14", "noeviction") == [
         "The store is of version 6.2.14: it must be 7.0 or later."
     ]
-    assert cli._store_problems("unknown", "noeviction") == []
+    assert check._store_problems("unknown", "noeviction") == []
 
 
 def test_check_without_a_store_is_69(run: Run) -> None:
@@ -830,7 +831,7 @@ def test_the_banner_names_the_url_wherever_it_is_not_the_usual_one(
 ) -> None:
     monkeypatch.delenv("CHATSERVER_DATA_DIR")
 
-    text = cli.banner(load(**settings), supervisor.Address("", port))
+    text = serve.banner(load(**settings), supervisor.Address("", port))
 
     assert f"listens on {url}\n" in text
     assert f"\n    chatserver chat --room general --user bob{link}\n" in text
@@ -851,7 +852,7 @@ def test_the_banner_names_the_url_wherever_it_is_not_the_usual_one(
 def test_the_banner_names_the_page_where_there_is_one(
     settings: dict[str, str], page: str | None
 ) -> None:
-    text = cli.banner(load(**settings), supervisor.Address("", 8000))
+    text = serve.banner(load(**settings), supervisor.Address("", 8000))
 
     assert (f"\nTo chat, open {page} in two windows" in text) == (page is not None)
     assert ("\nTo chat, type in a second terminal" in text) == (page is None)
@@ -860,10 +861,10 @@ def test_the_banner_names_the_page_where_there_is_one(
 def test_the_banner_names_the_control_api_where_there_is_one() -> None:
     address = supervisor.Address("", 8000)
 
-    assert "The control API: http://127.0.0.1:8001/docs\n" in cli.banner(
+    assert "The control API: http://127.0.0.1:8001/docs\n" in serve.banner(
         load(control_key="k" * 40), address
     )
-    assert "control" not in cli.banner(load(), address)
+    assert "control" not in serve.banner(load(), address)
 
 
 def test_the_banner_repeats_what_the_other_terminal_must_know(
@@ -871,7 +872,7 @@ def test_the_banner_repeats_what_the_other_terminal_must_know(
 ) -> None:
     monkeypatch.setenv(COMMAND, "/a b/scripts/chatserver")
 
-    text = cli.banner(load(data_dir="/c d", audience="x"), supervisor.Address("", 8000))
+    text = serve.banner(load(data_dir="/c d", audience="x"), supervisor.Address("", 8000))
 
     me = "CHATSERVER_DATA_DIR='/c d' CHATSERVER_AUDIENCE=x '/a b/scripts/chatserver'"
     assert f"\n    {me} chat --room general --user bob\n" in text
