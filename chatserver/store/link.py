@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import resources
+from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from redis.asyncio.connection import AbstractConnection
@@ -122,6 +123,33 @@ class Redirected(StoreRefused):
     def found_by(self, asked: Address) -> Address:
         """Whose address it is, said by that one."""
         return Address(self.address.host or asked.host, self.address.port)
+
+
+class _RoundTrip:
+    """A deadline for the store, as ``asyncio.timeout``, and not for this process: a loop that stood
+    still has as much time again, a round trip at most. The answer may be there, yet to be read."""
+
+    __slots__ = ("_look", "_timeout")
+
+    async def __aenter__(self) -> None:
+        self._timeout = asyncio.timeout(None)
+        await self._timeout.__aenter__()
+        loop = asyncio.get_running_loop()
+        due = loop.time() + ROUND_TRIP_SECONDS
+        self._look = loop.call_at(due, self._fall_due, due)
+
+    def _fall_due(self, due: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self._timeout.reschedule(now + min(now - due, ROUND_TRIP_SECONDS))
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._look.cancel()
+        await self._timeout.__aexit__(kind, error, trace)
 
 
 def _as_it_is(reply: Reply) -> Any:
@@ -227,7 +255,7 @@ class Lane:
         began = time.monotonic()
         answered = 0
         try:
-            async with asyncio.timeout(ROUND_TRIP_SECONDS):
+            async with _RoundTrip():
                 if hung_up(self._connection):
                     await _connect(self._place, self._connection)
                 commands = [request.command for request in batch]
@@ -286,7 +314,7 @@ class Lane:
         first = True
         while True:
             try:
-                async with asyncio.timeout(ROUND_TRIP_SECONDS):
+                async with _RoundTrip():
                     await _connect(self._place, self._connection)
             except (RedisError, OSError, TimeoutError) as error:
                 measured.store_failures[self._name] += 1
@@ -407,7 +435,7 @@ class Subscription:
 
     async def _listen(self) -> None:
         self._heard_at = 0.0
-        async with asyncio.timeout(ROUND_TRIP_SECONDS):
+        async with _RoundTrip():
             await self._place.connect(self._connection)
         self._heard_at = asyncio.get_running_loop().time()
         self._unconfirmed.clear()
@@ -452,7 +480,7 @@ class Subscription:
 
     async def _send(self, *commands: Sequence[str]) -> None:
         if commands:
-            async with asyncio.timeout(ROUND_TRIP_SECONDS):
+            async with _RoundTrip():
                 await send(self._connection, commands)
 
     async def _read(self) -> None:

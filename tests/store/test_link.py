@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from redis.asyncio.connection import Connection as RedisConnection
 
 from chatserver.core.effects import Publish
 from chatserver.core.errors import StoreUnavailable
-from chatserver.store.link import READ, Lane, Store, Subscription, understood
+from chatserver.store.link import READ, ROUND_TRIP_SECONDS, Lane, Store, Subscription, understood
 from chatserver.store.log import RoomLog, channel
 from chatserver.store.topology import Argument, packed
 from tests.support.proxy import Proxy
@@ -209,6 +209,27 @@ async def test_a_frozen_store_is_unavailable_soon_and_the_lane_recovers(
 
     assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
     assert took < UNAVAILABLE_WITHIN
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_process_that_stood_still_does_not_take_it_for_the_stores_silence(
+    own_valkey: Valkey, run: Callable[[Coroutine[Any, Any, None]], None]
+) -> None:
+    """The answer came meanwhile; when it goes on, the deadline is what it hears of first."""
+
+    async def main() -> None:
+        running = Running()
+        lane = running.lane(own_valkey.url)
+        try:
+            await lane.call(["PING"])
+            asked = submitted(lane, "DEBUG", "SLEEP", "0.1")
+            await eventually(lambda: not lane._queue)
+            time.sleep(1.5 * ROUND_TRIP_SECONDS)  # noqa: ASYNC251  The condition is the time itself.
+            assert await asked == b"OK"
+        finally:
+            await end(running.tasks)
+
+    run(main())
 
 
 async def test_while_the_store_is_away_commands_are_refused_at_once(
