@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
@@ -19,6 +20,10 @@ from tests.support.worker import Worker
 StartWorker = Callable[..., Worker]
 AMPLE = dict.fromkeys(("send_rate", "send_burst", "command_rate", "command_burst"), 1_000_000)
 """Rates that no test reaches by accident."""
+
+# How long an example takes tells of the machine: its other work counts, and no test is about that.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_configure() -> None:

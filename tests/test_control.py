@@ -421,6 +421,7 @@ def test_what_is_described_is_what_is_done(server: Server, tmp_path: Path) -> No
             "not_a_server_error,status_code_conformance,response_schema_conformance,"
             "content_type_conformance,response_headers_conformance,unsupported_method",
             "--max-examples=15",
+            "--suppress-health-check=too_slow",
             "--seed=1",
             "--no-color",
         ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import pytest
 from chatserver.core.effects import Published
 from chatserver.core.errors import StoreUnavailable
 from tests.store.test_log import HISTORY, Rooms
+from tests.support.failover import free_ports
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 from tests.support.worker import PATIENCE
@@ -23,21 +23,15 @@ class Pair(NamedTuple):
     replica: Valkey
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.fixture
 def pair(_short_directory: Path) -> Iterator[Pair]:
     directory = _short_directory / unique("p")
     directory.mkdir()
     stores = []
-    port = free_port()
+    first, second = map(str, free_ports(2))
     for name, options in (
-        ("p", {"port": port, "repl-diskless-sync-delay": "0"}),
-        ("r", {"port": free_port(), "replicaof": f"127.0.0.1 {port}"}),
+        ("p", {"port": first, "repl-diskless-sync-delay": "0"}),
+        ("r", {"port": second, "replicaof": f"127.0.0.1 {first}"}),
     ):
         (directory / name).mkdir()
         stores.append(Valkey(directory / name, **options))

@@ -18,21 +18,31 @@ DOWN_MILLISECONDS = 1000
 SERVICE = "mymaster"
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_ports(count: int) -> list[int]:
     """Not ephemeral ones, which any client may be given meanwhile; nor those 10,000 above them,
-    where nodes of a cluster talk."""
+    where nodes of a cluster talk. Given once, to one process: the next one finds them in use."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(12_000, 22_000)
-        try:
-            for number in (port, port + 10_000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", number))
-        except OSError:
-            continue
-        if port not in found:
+        if _reserve(port) and _reserve(port + 10_000):
             found.append(port)
     return found
+
+
+def _reserve(port: int) -> bool:
+    """Bind a socket to it that never listens: a server may, with SO_REUSEADDR, and no one here."""
+    probe = socket.socket()
+    try:
+        probe.bind(("127.0.0.1", port))
+    except OSError:
+        probe.close()
+        return False
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _reserved.append(probe)
+    return True
 
 
 def address(port: int) -> str:
