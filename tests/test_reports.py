@@ -86,7 +86,8 @@ def test_one_that_died_before_its_first_report_leaves_nothing(tmp_path: Path) ->
 
 
 def test_a_reader_counts_everything_once_while_processes_come_and_go(tmp_path: Path) -> None:
-    """Each of them counts one, and is there before the last is gone."""
+    """Each of them counts one, and is there before the last is gone. Until it has been read a few
+    times, and three hundred of them at least."""
     host = Reports(tmp_path)
     seen: list[int] = []
     over = threading.Event()
@@ -101,7 +102,9 @@ def test_a_reader_counts_everything_once_while_processes_come_and_go(tmp_path: P
     watcher.start()
     last = host.begin(0)
     Report(last).write(counted(1))
-    for _ in range(300):
+    processes = 1
+    while processes <= 300 or len(seen) <= 10:
+        processes += 1
         following = host.begin(0)
         Report(following).write(counted(1))
         host.retire(last)
@@ -109,10 +112,9 @@ def test_a_reader_counts_everything_once_while_processes_come_and_go(tmp_path: P
     over.set()
     watcher.join()
 
-    assert len(seen) > 10
     assert seen == sorted(seen)
-    assert seen[-1] <= 301
-    assert deliveries(tmp_path) == {0: 301}
+    assert seen[-1] <= processes
+    assert deliveries(tmp_path) == {0: processes}
 
 
 @pytest.mark.parametrize(

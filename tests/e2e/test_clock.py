@@ -31,7 +31,10 @@ class Clock:
         self.shift(0)
 
     def shift(self, seconds: int) -> None:
-        self._path.write_text(f"{seconds:+d}\n")
+        # At once: the worker reads it whenever it wants to know the time.
+        written = self._path.with_suffix(".new")
+        written.write_text(f"{seconds:+d}\n")
+        written.replace(self._path)
 
     def environment(self) -> dict[str, str]:
         return {

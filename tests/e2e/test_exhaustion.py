@@ -61,9 +61,9 @@ async def test_a_reader_that_stays_behind_is_let_go_and_comes_back_without_loss(
     ):
         stalled.text({"type": "join", "id": 1, "room": room})
         ack = await stalled.json()
+        before = len(worker.descriptors())
         for n in range(100):
             await sender.publish(room, [n, "x" * 20_000])
-        before = len(worker.descriptors())
         await eventually(lambda: len(worker.descriptors()) < before)
         frames, code = await stalled.until_closed()
         place = frames[-1]["offset"] if code == 1006 else frames[-2]["offset"]

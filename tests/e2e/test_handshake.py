@@ -409,18 +409,18 @@ async def test_a_slow_handshake_is_cut_off(
     start_worker: StartWorker, issuer: Issuer, user: str
 ) -> None:
     """The deadline is for all of it: a byte now and then does not push it back."""
-    worker = start_worker(handshake_seconds=0.6)
+    worker = start_worker(handshake_seconds=2)
     async with await Client.connect(worker.url, issuer.token(user)) as bystander:
         began = time.monotonic()
         silent = asyncio.create_task(exchange(worker.url, b""))
         async with await Raw.connect(worker.url) as raw:
             dripping = asyncio.create_task(raw.read_to_end())
             while not dripping.done():
-                raw.write(b"G" if time.monotonic() - began < 0.3 else b"E")
+                raw.write(b"G" if time.monotonic() - began < 1.0 else b"E")
                 await asyncio.wait([dripping], timeout=0.1)
             assert await dripping == b""
         assert (await silent).status == 0
-        assert 0.4 < time.monotonic() - began < PATIENCE
+        assert 1.5 < time.monotonic() - began < PATIENCE
         await bystander.ping()
 
 
@@ -520,7 +520,9 @@ async def test_beyond_the_queue_newcomers_are_told_when_their_turn_would_be(
     token = issuer.token(user)
     async with AsyncExitStack() as sockets:
         bystander = await sockets.enter_async_context(await Client.connect(worker.url, token))
-        raws = [await _asking(sockets, worker, token) for _ in range(60)]
+        raws = [await sockets.enter_async_context(await Raw.connect(worker.url)) for _ in range(60)]
+        for raw in raws:  # All at once, however long it took them to come.
+            raw.write(_asks(worker, token))
 
         heads = [(raw, await raw.head()) for raw in raws]
         refusals = [
@@ -554,7 +556,7 @@ async def test_whoever_hangs_up_while_it_waits_is_forgotten(
     ):
         await first.ping()
         await second.ping()
-        assert len(worker.descriptors()) <= before + 2
+        await eventually(lambda: len(worker.descriptors()) <= before + 2)
 
 
 async def test_what_is_sent_while_waiting_is_answered_afterwards(
@@ -577,9 +579,13 @@ async def test_what_is_sent_while_waiting_is_answered_afterwards(
 async def _asking(sockets: AsyncExitStack, worker: Worker, token: str) -> Raw:
     """A connection that has asked to be let in, and has no answer yet."""
     raw = await sockets.enter_async_context(await Raw.connect(worker.url))
-    headers = upgrade_headers() | {"Authorization": f"Bearer {token}"}
-    raw.write(request(worker.url, headers=headers))
+    raw.write(_asks(worker, token))
     return raw
+
+
+def _asks(worker: Worker, token: str) -> bytes:
+    headers = upgrade_headers() | {"Authorization": f"Bearer {token}"}
+    return request(worker.url, headers=headers)
 
 
 # --- the store is away ---------------------------------------------------------------------

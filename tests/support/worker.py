@@ -164,7 +164,10 @@ class Worker:
 def _serve(door: int, readiness: int) -> int:
     """The child: what the supervisor does for a worker, and no more."""
     from chatserver import app, settings, telemetry
+    from chatserver.net import superseding
 
+    # What another worker answers is worth waiting for: it may not have been on a processor yet.
+    superseding.ANSWER_SECONDS = 3.0
     configured = settings.load(env_file=None)
     telemetry.configure(configured.log_level)
     sock = socket.socket(fileno=door)
