@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.client import Client, Raw, http, refused
 from tests.support.server import KEY, Server
+from tests.support.stopwatch import Stopwatch
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
 from tests.support.worker import PATIENCE, eventually
@@ -136,6 +137,7 @@ async def test_one_scrape_has_the_sums_of_all_workers(
     raw = await Raw.upgraded(server.url, issuer.token("raw"))
     raw.write(b"\xff\xff")  # No WebSocket frame.
     await raw.until_closed()
+    revoked_at = time.time()
     server.ask("POST", "/v1/revocations", {"session": session})
 
     expected = {
@@ -149,6 +151,7 @@ async def test_one_scrape_has_the_sums_of_all_workers(
     }
     await eventually(lambda: Scrape(server).by("code", "closes_total") == expected)
     scrape = await fresh(server)
+    since = time.time() - revoked_at
     for client in [*clients, late]:
         await client.drop()
     async with raw:
@@ -189,7 +192,7 @@ async def test_one_scrape_has_the_sums_of_all_workers(
     assert scrape.by("lane", "store_commands_total")["publish"] == 13
     assert scrape.by("kind", "revocations_total") == {"session": 2}  # On either worker.
     assert scrape.sum("revocation_lag_seconds_count") == 2
-    assert scrape.sum("revocation_lag_seconds_bucket", le="1.0") == 2
+    assert 0 <= scrape.sum("revocation_lag_seconds_sum") < 2 * since
     assert 1000 < scrape.sum("received_bytes_total") < scrape.sum("sent_bytes_total")
     assert scrape.sum("received_frames_total") == 16 + 10 + 1 + 4 + 1 + 3 + 1
     assert scrape.sum("event_loop_lag_seconds_count") > 0
@@ -265,14 +268,13 @@ async def test_a_scrape_does_not_wait_for_a_worker_that_hangs(start_server: Star
     os.kill(pid, signal.SIGSTOP)
     stopped_at = time.time()
     await eventually(
-        lambda: Scrape(server).by_worker("report_timestamp_seconds")["1"] > stopped_at + 1.5
+        lambda: Scrape(server).by_worker("report_timestamp_seconds")["1"] > stopped_at + 1.0
     )
-    began = time.monotonic()
-    scrape = Scrape(server)
-    took = time.monotonic() - began
+    with Stopwatch() as watch:
+        scrape = Scrape(server)
     os.kill(pid, signal.SIGCONT)
 
-    assert took < PATIENCE / 5
+    assert watch.seconds < PATIENCE / 5
     assert scrape.by_worker("report_timestamp_seconds")["0"] < stopped_at + 0.1
     assert scrape.sum("worker_processes") == 2
 

@@ -15,6 +15,7 @@ from chatserver.store.link import Store
 from chatserver.store.revocations import cutoff, revoke
 from tests.conftest import StartWorker
 from tests.support.client import Client, Frame, Raw, http, refused
+from tests.support.stopwatch import Stopwatch
 from tests.support.tokens import Issuer, b64url, kid_of, seal, sign, unique
 from tests.support.valkey import Valkey
 from tests.support.worker import PATIENCE, Worker
@@ -294,9 +295,9 @@ async def test_a_refresh_with_a_revoked_token_ends_the_connection(
 # --- expiry --------------------------------------------------------------------------------
 
 
-def soon(seconds: float, lifetime: int = 100) -> dict[str, int]:
-    """A token that expires so soon, give or take a second."""
-    return {"issued_at": int(time.time() + seconds) - lifetime + 1, "lifetime": lifetime}
+def soon(lifetime: int = 100) -> dict[str, int]:
+    """A token that expires in two to three seconds: time enough for a loaded machine to use it."""
+    return {"issued_at": int(time.time()) + 3 - lifetime, "lifetime": lifetime}
 
 
 async def test_a_token_that_will_expire_is_told_in_time(
@@ -319,7 +320,7 @@ async def test_a_token_that_will_expire_is_told_in_time(
 async def test_a_token_refreshed_in_time_is_not_told_of_the_old_ones_end(
     worker: Worker, issuer: Issuer, user: str
 ) -> None:
-    old = soon(0.7)
+    old = soon()
     async with await Client.connect(worker.url, issuer.token(user, **old)) as client:
         await client.ask("refresh", token=issuer.token(user))
         while time.time() < old["issued_at"] + old["lifetime"] + 1:
@@ -330,7 +331,7 @@ async def test_from_exp_on_nothing_is_delivered_and_the_close_follows(
     worker: Worker, issuer: Issuer, user: str, room: str
 ) -> None:
     """A refresh that failed before changes nothing."""
-    options = soon(0.7)
+    options = soon()
     expires_at = options["issued_at"] + options["lifetime"]
     async with (
         await Client.connect(worker.url, issuer.token(user, **options)) as client,
@@ -368,11 +369,12 @@ async def test_what_was_withheld_is_replayed_after_a_refresh_in_the_grace(
     for attempt in range(6):
         name = f"{room}-{attempt}"
         async with (
-            await Client.connect(worker.url, issuer.token(user, **soon(0.7))) as client,
+            await Client.connect(worker.url, issuer.token(user, **soon())) as client,
             await Client.connect(worker.url, issuer.token("bob")) as bob,
         ):
             await client.join(name)
             await bob.publish(name, "before")
+            [before] = await client.messages(1)
             try:
                 while (await client.ask("history", room=name, limit=1))["type"] == "ack":
                     pass
@@ -385,7 +387,7 @@ async def test_what_was_withheld_is_replayed_after_a_refresh_in_the_grace(
                 continue
             withheld = client.seen[:expired]
             await bob.publish(name, "after")
-            events = await client.messages(5)
+            events = [before, *await client.messages(4)]
 
         assert pong["type"] == ack["type"] == "ack"
         assert [event["offset"] for event in events] == [1, 2, 3, 4, 5]
@@ -430,14 +432,13 @@ async def test_what_is_revoked_is_closed_and_what_is_not_stays(
             await client.join(room)
         async with Store(valkey.url) as store:
             await revoke(store.call, kind, value)
-        revoked_at = time.monotonic()
-        ends = [await client.until_closed() for client in (first, second)]
-        took = time.monotonic() - revoked_at
+        with Stopwatch() as watch:
+            ends = [await client.until_closed() for client in (first, second)]
         await bystander.publish(room, "after")
         await bystander.messages(1)
         await refused_as_revoked(worker, token)
 
-    assert took < WITHIN_A_SECOND
+    assert watch.seconds < WITHIN_A_SECOND
     for frames, code in ends:
         assert code == 4503
         assert [frame["type"] for frame in frames] == ["bye"]
@@ -471,18 +472,17 @@ async def test_a_revoked_peer_that_ignores_the_close_is_gone_all_the_same(
         assert (await rogue.json())["type"] == "ack"
         async with Store(valkey.url) as store:
             await revoke(store.call, Kind.SESSION, session)
-        revoked_at = time.monotonic()
-        frames, code = await rogue.until_closed()
-        rogue.text({"type": "send", "room": room, "body": "too late"})
-        await bob.publish(room, "after")
-        rest = await rogue.read_to_end()
-        took = time.monotonic() - revoked_at
+        with Stopwatch() as watch:
+            frames, code = await rogue.until_closed()
+            rogue.text({"type": "send", "room": room, "body": "too late"})
+            await bob.publish(room, "after")
+            rest = await rogue.read_to_end()
         [event] = await bob.messages(1)
 
     assert code == 4503
     assert [frame["type"] for frame in frames] == ["bye"]
     assert rest == b""
-    assert took < 3 * 0.5 + 0.5
+    assert watch.seconds < 3 * 0.5 + 0.5
     assert event["body"] == "after"
 
 
