@@ -455,9 +455,10 @@ async def test_commands_go_out_no_faster_than_the_server_allows() -> None:
 
     at: list[float] = []
     async with scripted(script) as url, connect(url, token="t") as client:
+        began = time.monotonic()
         await asyncio.gather(*(client.send("general", n) for n in range(4)))
 
-    assert at[3] - at[0] > 0.09
+    assert at[3] - began > 0.09
 
 
 async def test_a_join_refused_is_no_room() -> None:

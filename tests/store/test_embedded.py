@@ -261,7 +261,7 @@ async def test_it_goes_when_its_parent_is_killed_and_the_next_one_finds_all_it_h
 
     with EmbeddedStore(data_dir) as heir:
         assert await ask(heir.url, "GET", "key") == "value"
-        assert gone(pid)
+        eventually(lambda: gone(pid))
 
 
 def test_an_orphan_is_asked_to_go(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,9 @@ class Desk:
         self.registry.register(entry, future.set_result)
         return await future
 
-    async def lease(self, *, ago: int = 0) -> None:
-        """As the mirror does with each look, so many milliseconds ago."""
+    async def lease(self, *, ago: int = -60_000) -> None:
+        """As the mirror does with each look, so many milliseconds ago; or to come, for one that
+        lives throughout a test."""
         seconds, microseconds = await self.lane.call(["TIME"])
         renewed_at = int(seconds) * 1000 + int(microseconds) // 1000 - ago
         await self.lane.call(["HSET", keys.WORKERS, self.name, f"{renewed_at} 0-0 {{}}"])

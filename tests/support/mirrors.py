@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 from chatserver.core.session import Kind, Revocation
 from chatserver.store.keys import CHANNEL
 from chatserver.store.link import Store
 from chatserver.store.revocations import Mirror, Outcome, revoke
+from tests.support.stopwatch import Stopwatch
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 from tests.support.worker import end, eventually
@@ -67,8 +67,8 @@ class Street:
         return house
 
     async def revoke(self, kind: Kind, value: str) -> tuple[Outcome, float]:
-        """What came of it, and how many seconds it took."""
+        """What came of it, and how many seconds it took, as a stopwatch has them."""
         async with Store(self.valkey.url) as store:
-            began = time.monotonic()
-            outcome = await revoke(store.call, kind, value)
-            return outcome, time.monotonic() - began
+            with Stopwatch() as watch:
+                outcome = await revoke(store.call, kind, value)
+            return outcome, watch.seconds
