@@ -161,7 +161,7 @@ async def test_ctrl_c_ends_the_load_and_still_reports(server: Server, tmp_path: 
 async def test_a_process_that_was_held_up_says_that_it_was_the_bottleneck(
     server: Server, tmp_path: Path
 ) -> None:
-    words = ["connect", *FEW, *place(server)]
+    words = ["connect", *FEW, "--duration", "600", *place(server)]
     command = Command(tmp_path, *words, **environment(server))
     try:
         await eventually(lambda: len(command.processes()) == 2)
@@ -173,6 +173,7 @@ async def test_a_process_that_was_held_up_says_that_it_was_the_bottleneck(
             await asyncio.sleep(0.25)  # The condition is the time itself.
             os.kill(pid, signal.SIGCONT)
             await asyncio.sleep(0.02)
+        os.kill(command.pid, signal.SIGINT)
         outcome = command.outcome()
     finally:
         command.kill()
