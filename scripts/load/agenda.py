@@ -51,6 +51,13 @@ class Agenda:
 
         self.at(first, again)
 
+    def make_up(self) -> None:
+        """Run at once all that is due by now: the process may have been held up until now."""
+        now = time.monotonic_ns()
+        while self._entries and self._entries[0][0] <= now:
+            due, _, action = heappop(self._entries)
+            action(due)
+
     def clear(self) -> None:
         """Forget everything that is still to come."""
         self._entries.clear()

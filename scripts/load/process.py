@@ -174,6 +174,7 @@ class _Process:
                 gc.freeze()
                 self._start(crowd, at)
             case Stop(patience):
+                self._agenda.make_up()
                 self._begin("settle")
                 crowd.stop()
                 await _until(lambda: not crowd.busy(), patience)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from load.agenda import Agenda
+from load.agenda import SECOND, Agenda
 from tests.support.worker import eventually
 
 MS = 1_000_000
@@ -43,6 +43,19 @@ async def test_a_loop_that_was_held_up_makes_up_for_every_time(agenda: Agenda) -
     await eventually(lambda: len(dues) >= 12)
 
     assert dues == [began + 5 * MS * n for n in range(len(dues))]
+
+
+async def test_what_was_due_before_the_end_is_made_up_for(agenda: Agenda) -> None:
+    """A process that was held up hears of the end first, and its timer was to ring before."""
+    dues: list[int] = []
+    now = time.monotonic_ns()
+    agenda.every(now - 3 * SECOND, SECOND, dues.append)
+    agenda.at(now + 1000 * SECOND, dues.append)
+    agenda.make_up()
+    agenda.clear()
+
+    assert dues[:3] == [now - n * SECOND for n in (3, 2, 1)]
+    assert all(due <= time.monotonic_ns() for due in dues)
 
 
 async def test_what_was_cleared_does_not_happen(agenda: Agenda) -> None:
