@@ -238,7 +238,7 @@ class Fanout:
         room = self._rooms[name]
         if connection.memberships.get(name):
             self.leave(connection, name)
-        member = Member(connection, room, opening.epoch, start)
+        member = Member(connection, room, opening.epoch, start, opening.top)
         connection.memberships[name] = member
         self._serve(member, [event for event in opening.events if event.offset > start])
 
@@ -351,8 +351,8 @@ class Fanout:
                 self._retry.add(member)
                 return
             member.position = events[-1].offset
-            data = b"".join([text_frame(event.payload) for event in events])
-            measured.deliveries += len(events)
+            data, shown = _frames_for(member, events)
+            measured.deliveries += shown
             measured.replayed_events += len(events)
             connection.write(data)
         if member.standing is Standing.BEHIND:
@@ -574,20 +574,11 @@ class Fanout:
 
     def _write_singly(self, member: Member, batch: Batch) -> None:
         """For a member that is ahead of the batch's beginning, or sees a skip in it."""
-        connection, room = member.connection, member.room
         events = [event for event in batch.events if event.offset > member.position]
-        skipped = [event for event in events if event.origin == connection.id]
-        data = b"".join(
-            text_frame(
-                frames.skip(room.name, event.offset)
-                if event.origin == connection.id
-                else event.payload
-            )
-            for event in events
-        )
+        data, shown = _frames_for(member, events)
         member.position = batch.top
-        connection.write_now(data)
-        batch.count(len(events) - len(skipped), len(data))
+        member.connection.write_now(data)
+        batch.count(shown, len(data))
 
     # Time.
 
@@ -645,6 +636,18 @@ class Fanout:
         self._unrepaired.discard(room)
         assert self._subscription is not None
         self._subscription.unsubscribe(channel(room.name))
+
+
+def _frames_for(member: Member, events: list[Event]) -> tuple[bytes, int]:
+    """What one member is sent of a run of events, and how many of them it is shown."""
+    sender, replayed_to = member.connection.id, member.replayed_to
+    payloads = [event.payload for event in events]
+    shown = len(events)
+    for number, event in enumerate(events):
+        if event.origin == sender and event.offset > replayed_to:
+            payloads[number] = frames.skip(member.room.name, event.offset)
+            shown -= 1
+    return b"".join(map(text_frame, payloads)), shown
 
 
 def _receptive(connection: Connection) -> bool:

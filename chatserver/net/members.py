@@ -28,10 +28,14 @@ class Standing(Enum):
 class Member:
     """One connection in one room, and how far it has got."""
 
-    __slots__ = ("_place", "connection", "epoch", "reading", "room", "standing")
+    __slots__ = ("_place", "connection", "epoch", "reading", "replayed_to", "room", "standing")
 
-    def __init__(self, connection: Connection, room: Room, epoch: str, position: int) -> None:
+    def __init__(
+        self, connection: Connection, room: Room, epoch: str, position: int, replayed_to: int
+    ) -> None:
         self.connection = connection
+        self.replayed_to = replayed_to
+        """Up to here it is shown its own events, too, whatever their ``echo``."""
         self.room = room
         self.epoch = epoch
         self._place: int | Unison = position

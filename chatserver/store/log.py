@@ -233,13 +233,14 @@ def _reading(reply: Reply) -> Reading:
     name, *numbers = reply[:4]
     epoch = name.decode()
     top, first, shared = map(int, numbers)
-    offsets, payloads = reply[4::2], reply[5::2]
+    offsets, payloads, origins = reply[4::3], reply[5::3], reply[6::3]
     if offsets and offsets != list(range(offsets[0], offsets[0] + len(payloads))):
         raise ValueError("a log has no holes")
     if not all(payload.startswith(_EVENT) for payload in payloads):
         raise ValueError("not an event")
     events = [
-        Event(epoch, offset, payload) for offset, payload in zip(offsets, payloads, strict=True)
+        Event(epoch, offset, payload, origin.decode("ascii") if origin else None)
+        for offset, payload, origin in zip(offsets, payloads, origins, strict=True)
     ]
     return Reading(epoch, top, first, shared, events)
 

@@ -95,9 +95,8 @@ class Log:
         else:
             count = min(asked.get("backwards", 8), 8)
             events = self.events[-count:] if count else []
-        # The log keeps no origin: what is replayed is shown to everyone.
-        plain = [event._replace(epoch=self.epoch, origin=None) for event in events]
-        return Reading(self.epoch, self.top, first, shared, plain)
+        now = [event._replace(epoch=self.epoch) for event in events]
+        return Reading(self.epoch, self.top, first, shared, now)
 
     def answer_all(self) -> None:
         while self.asked:
@@ -267,6 +266,50 @@ async def test_the_sender_that_wants_no_echo_sees_a_skip_in_its_place() -> None:
     assert [frame["type"] for frame in seen(sender)] == ["message", "skip"]
     assert [frame["type"] for frame in seen(other)] == ["message", "message"]
     assert offsets(sender) == [1, 2]
+
+
+async def test_the_skip_is_seen_also_where_the_event_had_to_be_read_from_the_log() -> None:
+    house = House()
+    sender, other = house.joined("s"), house.joined("o")
+    house.log.append(origin="s")  # lost on the way
+    house.publish()
+    house.log.answer_all()
+    await settle()
+
+    assert [frame["type"] for frame in seen(sender)] == ["skip", "message"]
+    assert [frame["type"] for frame in seen(other)] == ["message", "message"]
+    assert offsets(sender) == offsets(other) == [1, 2]
+
+
+async def test_a_sender_that_reads_slowly_sees_the_skip_too() -> None:
+    house = House()
+    sender = house.joined("s")
+    sender.writing_paused = True
+    house.fanout.hold_back(sender)
+    house.publish(origin="s")
+    house.publish()
+    await settle()
+    sender.writing_paused = False
+    house.fanout.catch_up(sender)
+    house.log.answer_all()
+    await settle()
+
+    assert [frame["type"] for frame in seen(sender)] == ["skip", "message"]
+
+
+async def test_a_replay_shows_the_sender_its_own_whatever_their_echo() -> None:
+    house = House()
+    for _ in range(12):  # more than one reading
+        house.log.append(origin="s")
+    sender = house.connection("s")
+    house.join(sender, since=Since("e1", 0))
+    house.confirm()
+    house.log.answer_all()
+    house.publish(origin="s")
+    await settle()
+
+    assert [frame["type"] for frame in seen(sender)] == ["message"] * 12 + ["skip"]
+    assert offsets(sender) == list(range(1, 14))
 
 
 async def test_a_hole_is_filled_from_the_log_before_anything_later() -> None:

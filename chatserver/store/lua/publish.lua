@@ -31,7 +31,12 @@ local place = exact(offset)
 redis.call('HSET', meta, 'offset', place) -- never HINCRBY, which done twice is another: see mend()
 local event = ARGV[1] .. place .. ',"ts":' .. exact(ts) .. ARGV[2]
 
-redis.call('XADD', log, 'MAXLEN', '=', ARGV[4], place .. '-' .. exact(ts), 'e', event)
+local id = place .. '-' .. exact(ts)
+if ARGV[9] == '-' then
+  redis.call('XADD', log, 'MAXLEN', '=', ARGV[4], id, 'e', event)
+else
+  redis.call('XADD', log, 'MAXLEN', '=', ARGV[4], id, 'e', event, 'o', ARGV[9])
+end
 if offset % 16 == 0 then
   age(log, ARGV[5]) -- now and then, for whoever reads sees to it anyway
 end

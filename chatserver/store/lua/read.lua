@@ -12,8 +12,8 @@
 --          nearest place that the log has
 -- Onwards when "after" can be continued without a hole, else backwards.
 -- reply {epoch, top, first retained (top + 1 when empty), the last offset that the epoch asked for
---        shares with this log (-1 for an unknown epoch), offset, event, offset, event ...},
---       ascending; one event always fits
+--        shares with this log (-1 for an unknown epoch), offset, event, origin or "", offset,
+--        event, origin or "" ...}, ascending; one event always fits
 local meta, log = KEYS[1], KEYS[2]
 local epoch, top, past = enter(meta, log, ARGV[1])
 if redis.call('TTL', meta) < tonumber(ARGV[2]) then
@@ -80,5 +80,6 @@ for i = from, to, by do
   local entry = found[i]
   reply[#reply + 1] = place_of(entry[1])
   reply[#reply + 1] = entry[2][2]
+  reply[#reply + 1] = entry[2][4] or ''
 end
 return reply

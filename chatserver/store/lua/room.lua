@@ -10,7 +10,8 @@
 --        history   replication id of the store when the epoch began
 --        past      "<epoch> <offset> " of earlier epochs, in the order of their ends
 --        log       the first epoch: a name for as long as offsets are counted on
--- log    stream, one entry an event: id <offset>-<ts>, field e
+-- log    stream, one entry an event: id <offset>-<ts>, field e; where a connection is shown a skip
+--        in its place, field o: that one
 local REMEMBERED = 32 -- epochs, 20 bytes each
 
 local function place_of(id)
