@@ -318,6 +318,11 @@ class Settings(BaseSettings):
         description="what an `ack` promises: `primary`, the store has the message; `replica`, a "
         "replica of it has, too",
     )
+    replicas: Count = Field(
+        1,
+        description="replicas that must have a message before its ack, where "
+        "`CHATSERVER_DURABILITY` is `replica`: all that may be promoted",
+    )
     token_bytes: int = Field(
         4096, ge=512, le=8000, description="longest access token that is read, in bytes"
     )

@@ -86,8 +86,9 @@ class RoomLog:
     @classmethod
     def of(cls, settings: Settings, store: Store) -> RoomLog:
         """As it is configured, on lanes of its own."""
+        replicas = settings.replicas if settings.durability == "replica" else 0
         return cls(
-            store.lane(replicas=1 if settings.durability == "replica" else 0, name="publish"),
+            store.lane(replicas=replicas, name="publish"),
             store.lane(batch=64, name="read"),
             history=settings.history,
             history_seconds=settings.history_seconds,

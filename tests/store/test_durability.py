@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from pydantic import SecretStr
 
 from chatserver.core.effects import Published
 from chatserver.core.errors import StoreUnavailable
+from chatserver.metrics import OTHER
+from chatserver.settings import Settings
+from chatserver.store.link import Lane, Store
+from chatserver.store.log import RoomLog
 from tests.store.test_log import HISTORY, Rooms
 from tests.support.failover import free_ports
 from tests.support.tokens import unique
@@ -21,6 +27,8 @@ from tests.support.worker import PATIENCE
 class Pair(NamedTuple):
     primary: Valkey
     replica: Valkey
+    port: str
+    """The primary's."""
 
 
 @pytest.fixture
@@ -38,7 +46,8 @@ def pair(_short_directory: Path) -> Iterator[Pair]:
     try:
         for store in stores:
             store.start()
-        yield Pair(*stores)
+        primary, replica = stores
+        yield Pair(primary, replica, first)
     finally:
         for store in stores:
             store.stop()
@@ -94,6 +103,57 @@ async def test_a_repeat_on_another_connection_waits_for_the_replica_too(
     finally:
         await other.close()
         pair.replica.thaw()
+
+
+async def test_where_two_may_be_promoted_both_are_waited_for(
+    rooms: Rooms, pair: Pair, room: str
+) -> None:
+    """What one has that was not promoted is gone with its ack."""
+    directory = pair.replica.directory.parent / "o"
+    directory.mkdir()
+    (port,) = map(str, free_ports(1))
+    other = Valkey(directory, port=port, replicaof=f"127.0.0.1 {pair.port}")
+    both = Rooms(pair.primary.url, replicas=2)
+    other.start()
+    try:
+        async with asyncio.timeout(PATIENCE):  # until it has attached
+            while isinstance(await both.submit("elsewhere"), StoreUnavailable):
+                await asyncio.sleep(0.01)
+        pair.replica.command("REPLICAOF", "NO", "ONE")
+        outcome = await both.submit(room)
+        of_one = await rooms.submit(room)
+    finally:
+        await both.close()
+        other.stop()
+
+    assert isinstance(outcome, StoreUnavailable)
+    assert isinstance(of_one, Published)
+
+
+@pytest.mark.parametrize(
+    ("configured", "waited_for"),
+    [
+        ({}, 0),
+        ({"replicas": 2}, 0),
+        ({"durability": "replica"}, 1),
+        ({"durability": "replica", "replicas": 2}, 2),
+    ],
+)
+async def test_as_many_are_waited_for_as_are_configured(
+    configured: dict[str, Any], waited_for: int
+) -> None:
+    asked: list[int] = []
+
+    class Lanes(Store):
+        def lane(self, batch: int = 256, replicas: int = 0, name: str = OTHER) -> Lane:
+            asked.append(replicas)
+            return super().lane(batch, replicas, name)
+
+    url, secret = "redis://store", SecretStr(secrets.token_urlsafe(40))
+    settings = Settings(secret=secret, redis_url=SecretStr(url), **configured)
+    RoomLog.of(settings, Lanes(url))
+
+    assert asked == [waited_for, 0]
 
 
 async def test_primary_promises_no_replica(pair: Pair, room: str) -> None:
