@@ -412,8 +412,9 @@ class Fanout:
         for read in waiting:
             read()
         room.checked_at = time.monotonic()
-        if again and room.feed.offset is not None:
-            # A reading that is under way may have been taken before: one more is wanted after it.
+        if again:
+            # A reading that is under way, the first one too, may have been taken before: one more
+            # is wanted after it.
             room.feed.miss()
             self._unrepaired.add(room)
             self._repair(room)

@@ -337,6 +337,22 @@ async def test_a_lost_last_message_is_found_when_the_subscription_is_confirmed_a
     assert offsets(connection) == [1]
 
 
+async def test_a_message_lost_amid_the_first_reading_is_found_when_confirmed_again() -> None:
+    house = House()
+    connection = house.connection()
+    house.join(connection)
+    house.confirm()
+    asked, answer = house.log.asked.pop()
+    reading = house.log.take(asked)
+    house.log.append()
+    house.confirm()
+    answer(reading)
+    house.log.answer_all()
+    await settle()
+
+    assert offsets(connection) == [1]
+
+
 async def test_a_lost_last_message_is_found_when_positions_are_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
