@@ -12,7 +12,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import assert_never
 
@@ -50,7 +50,7 @@ from chatserver.core.session import Kind, Revocation
 from chatserver.metrics import ACCEPTED, DUPLICATE, STORED, measured
 from chatserver.net.connection import PING, Connection, Phase, farewell
 from chatserver.net.fanout import Fanout
-from chatserver.net.superseding import Superseding
+from chatserver.net.superseding import Heard, Superseding
 from chatserver.net.wheel import Wheel
 from chatserver.store.keyring import Keyring
 from chatserver.store.log import RoomLog
@@ -176,45 +176,29 @@ class Hub:
     def register(
         self, connection: Connection, identity: Identity, address: str, done: Registered
     ) -> None:
-        """Make it known to all workers, if its user may have one more. ``done`` comes later."""
+        """Make it known to all workers, if its user may have one more or one of the session's can
+        go for it: the one that was silent longest. ``done`` comes later."""
         connection.id = secrets.token_urlsafe(9)
         connection.since = int(time.time() * 1000)
         connection.address = connection.peer if address == connection.peer else address
-        self._registry.register(self._entry(connection, identity), done)
+        self.superseding.register(self._entry(connection, identity), done)
 
     def unregister(self, connection: Connection, identity: Identity) -> None:
         """It came to nothing."""
         self._registry.unregister(self._entry(connection, identity))
 
-    def make_room(
-        self,
-        connection: Connection,
-        identity: Identity,
-        others: list[Entry],
-        done: Callable[[], None],
-    ) -> bool:
-        """Whether one of the others can go for this connection: the one of the same session that
-        was silent longest. Then this one is registered, and ``done`` called."""
-
-        def made() -> None:
-            self._registry.renew(self._entry(connection, identity))
-            done()
-
-        return self.superseding.make_room(identity.session, others, made)
-
-    def last_heard(self, session: str) -> int | None:
-        quietest = self._quietest(session)
+    def quietest(self, session: str) -> Heard | None:
+        found = self._by_session.get(session)
+        quietest = min(found, key=lambda connection: connection.received_at, default=None)
         if quietest is None:
             return None
-        return int((time.time() - (time.monotonic() - quietest.received_at)) * 1_000_000)
+        silence = time.monotonic() - quietest.received_at
+        return Heard(int((time.time() - silence) * 1_000_000), quietest.id)
 
-    def supersede(self, session: str) -> None:
-        quietest = self._quietest(session)
-        if quietest is not None:
-            self.disconnect(quietest, errors.SUPERSEDED)
-
-    def _quietest(self, session: str) -> Connection | None:
-        return min(self._by_session.get(session), key=lambda c: c.received_at, default=None)
+    def supersede(self, connection: str) -> None:
+        found = self._connections.get(connection)
+        if found is not None:
+            self.disconnect(found, errors.SUPERSEDED)
 
     def _entry(self, connection: Connection, identity: Identity) -> Entry:
         return Entry(

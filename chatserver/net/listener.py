@@ -336,21 +336,14 @@ class Listener:
         self, newcomer: Newcomer, identity: Identity, outcome: Full | StoreUnavailable | None
     ) -> None:
         """The store has answered."""
-        connection = newcomer.connection
-        match outcome:
-            case None:
-                self._admit(newcomer, identity)
-                return
-            case Full(others):
-                admit = partial(self._admit, newcomer, identity)
-                if self._hub.make_room(connection, identity, others, admit):
-                    return
-                refusal = errors.TOO_MANY_CONNECTIONS
-            case StoreUnavailable():
-                refusal = errors.UNAVAILABLE
+        if outcome is None:
+            self._admit(newcomer, identity)
+            return
         self._registering -= 1
-        if connection.phase is Phase.HANDSHAKE:
-            self._refuse(connection, refusal, newcomer.attempt.origin)
+        if newcomer.connection.phase is Phase.HANDSHAKE:
+            full = isinstance(outcome, Full)
+            refusal = errors.TOO_MANY_CONNECTIONS if full else errors.UNAVAILABLE
+            self._refuse(newcomer.connection, refusal, newcomer.attempt.origin)
 
     def _admit(self, newcomer: Newcomer, identity: Identity) -> None:
         """It is registered; the world may be another since its token was verified."""

@@ -53,8 +53,11 @@ class Registry:
         self._most = most
         self._undone: dict[tuple[str, str], None] = {}
 
-    def register(self, entry: Entry, done: Registered) -> None:
-        """``done(None)`` when it is; whoever gets anything else has registered nothing."""
+    def register(self, entry: Entry, done: Registered, *, instead_of: Entry | None = None) -> None:
+        """``done(None)`` when it is; whoever gets anything else has registered nothing.
+
+        ``instead_of``: another of the user's, which gives up its place if it still has one.
+        """
 
         def parse(reply: Reply) -> Full | None:
             done, *flat = reply
@@ -75,6 +78,7 @@ class Registry:
                     self._most,
                     LEASE_MILLISECONDS,
                     ENTRY_SECONDS,
+                    _field(instead_of) if instead_of else "",
                 ],
             ),
             understood(parse, answer),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from websockets.exceptions import InvalidStatus
 
 from chatserver.core.session import STALE_SECONDS, Kind
 from chatserver.store.link import Store
@@ -16,7 +17,7 @@ from tests.conftest import AMPLE, StartWorker
 from tests.support.client import Client, http
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
-from tests.support.worker import Worker, eventually
+from tests.support.worker import Worker, end, eventually
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +253,33 @@ async def test_of_a_users_connections_on_both_the_one_silent_longest_makes_room(
 
     assert code == 4505
     assert (frames[-1]["type"], frames[-1]["reconnect"]) == ("bye", False)
+
+
+async def test_a_users_cap_holds_however_many_of_a_session_come_at_once(
+    start_worker: StartWorker, issuer: Issuer, user: str
+) -> None:
+    """They make room for each other, and three are left."""
+    workers = [start_worker(user_connections=3) for _ in range(2)]
+    token = issuer.token(user)
+
+    async def come(url: str) -> int:
+        """How it ended."""
+        try:
+            client = await Client.connect(url, token)
+        except InvalidStatus as refused:
+            return refused.response.status_code
+        async with client:
+            _, code = await client.until_closed()
+            return code
+
+    visits = [asyncio.create_task(come(each.url)) for _ in range(20) for each in workers]
+    await eventually(lambda: sum(visit.done() for visit in visits) >= 37)
+    async with await Client.connect(workers[0].url, token):
+        await eventually(lambda: sum(visit.done() for visit in visits) >= 38)
+        ended = [visit.result() for visit in visits if visit.done()]
+    await end([visit for visit in visits if not visit.done()])
+
+    # Where two workers want the same place for too long, somebody is refused.
+    assert set(ended) <= {4505, 429}
+    assert ended.count(4505) > 30
+    assert len(ended) == 38

@@ -4,103 +4,216 @@ from __future__ import annotations
 
 import pytest
 
-from chatserver.net.superseding import Superseding
+from chatserver.core.errors import StoreUnavailable
+from chatserver.net.superseding import TRIES, Heard, Superseding
 from chatserver.store.link import Store
-from chatserver.store.registry import Entry, Registry
+from chatserver.store.registry import Entry, Full, Registered, Registry
 from tests.support.worker import eventually
 
+Outcome = Full | StoreUnavailable | None
 
-class Quiet(Registry):
-    """Keeps what was said instead of saying it."""
+
+def entry(connection: str, worker: str = "w1", session: str = "s", since: int = 0) -> Entry:
+    return Entry("u", session, worker, connection, since, "-")
+
+
+class Script(Registry):
+    """Keeps what was said instead of saying it, and answers when a test tells it to."""
 
     def __init__(self) -> None:
         super().__init__(Store("unix:///nowhere").lane(), "w1", 2)
         self.said: list[str] = []
+        self.asked: list[tuple[str, str | None]] = []
+        """Connections to be registered, each with the one in whose place."""
+        self._waiting: dict[str, Registered] = {}
 
     def say(self, message: str) -> None:
         self.said.append(message)
+
+    def register(self, entry: Entry, done: Registered, *, instead_of: Entry | None = None) -> None:
+        self.asked.append((entry.connection, instead_of and instead_of.connection))
+        self._waiting[entry.connection] = done
+
+    def answer(self, outcome: Outcome, connection: str = "new") -> None:
+        self._waiting.pop(connection)(outcome)
 
 
 class Worker:
     """Worker w1, whose quietest connection of each session was heard then."""
 
-    def __init__(self, **heard: int) -> None:
+    def __init__(self, **heard: Heard) -> None:
         self.heard = heard
         self.ended: list[str] = []
-        self.registry = Quiet()
-        self.superseding = Superseding(self.registry, "w1", self)
-        self.made = 0
+        self.store = Script()
+        self.superseding = Superseding(self.store, "w1", self)
+        self.outcomes: dict[str, Outcome] = {}
 
-    def last_heard(self, session: str) -> int | None:
+    def quietest(self, session: str) -> Heard | None:
         return self.heard.get(session)
 
-    def supersede(self, session: str) -> None:
-        self.ended.append(session)
+    def supersede(self, connection: str) -> None:
+        self.ended.append(connection)
 
-    def ask(self, session: str, *workers: str) -> bool:
-        others = [Entry("u", session, worker, f"c{worker}", 0, "-") for worker in workers]
-        return self.superseding.make_room(session, others, self.done)
+    def register(self, newcomer: Entry) -> None:
+        def done(outcome: Outcome) -> None:
+            self.outcomes[newcomer.connection] = outcome
 
-    def done(self) -> None:
-        self.made += 1
+        self.superseding.register(newcomer, done)
+
+    def meet(self, newcomer: str, *others: Entry, session: str = "s") -> None:
+        """Somebody comes, and these are all that may be."""
+        self.register(entry(newcomer, session=session))
+        self.store.answer(Full(list(others)), newcomer)
+
+    def hear(self, message: str) -> None:
+        self.superseding.hear(message.encode())
 
     def ticket(self) -> str:
-        return self.registry.said[0].split(" ")[1]
+        return self.store.said[0].split(" ")[1]
+
+
+async def test_who_finds_room_supersedes_nobody() -> None:
+    worker = Worker(s=Heard(3000, "old"))
+    worker.register(entry("new"))
+    worker.store.answer(None)
+
+    assert worker.outcomes == {"new": None}
+    assert (worker.ended, worker.store.said) == ([], [])
 
 
 async def test_the_only_worker_decides_at_once() -> None:
-    worker = Worker(s=3000)
+    worker = Worker(s=Heard(3000, "old"))
+    worker.meet("new", entry("young"), entry("old"))
+    before = list(worker.ended)
+    worker.store.answer(None)
 
-    assert worker.ask("s", "w1", "w1")
-    assert (worker.ended, worker.made, worker.registry.said) == (["s"], 1, [])
+    assert worker.store.asked == [("new", None), ("new", "old")]
+    assert (before, worker.ended) == ([], ["old"])
+    assert (worker.outcomes, worker.store.said) == ({"new": None}, [])
 
 
 async def test_without_a_connection_of_the_session_there_is_no_room() -> None:
-    worker = Worker(s=3000)
-    others = [Entry("u", "other", "w1", "c", 0, "-")]
+    worker = Worker(s=Heard(3000, "old"))
+    full = Full([entry("c", session="other")])
+    worker.register(entry("new"))
+    worker.store.answer(full)
 
-    assert not worker.superseding.make_room("s", others, worker.done)
-    assert (worker.ended, worker.made) == ([], 0)
+    assert worker.outcomes == {"new": full}
+    assert (worker.ended, worker.store.said) == ([], [])
 
 
 @pytest.mark.parametrize(
-    ("answer", "ended", "said"),
-    [("2999", [], ["supersede w2 s x"]), ("3001", ["s x"], [])],
+    ("answer", "other", "ended", "said"),
+    [("2999 there", "there", [], ["supersede w2 there"]), ("3001 there", "here", ["here"], [])],
 )
-async def test_the_one_silent_longest_goes(answer: str, ended: list[str], said: list[str]) -> None:
-    worker = Worker(**{"s x": 3000})
-    worker.ask("s x", "w1", "w2")
+async def test_the_one_silent_longest_goes(
+    answer: str, other: str, ended: list[str], said: list[str]
+) -> None:
+    worker = Worker(**{"s x": Heard(3000, "here")})
+    others = [entry("here", session="s x"), entry("there", "w2", session="s x")]
+    worker.meet("new", *others, session="s x")
     ticket = worker.ticket()
-    worker.superseding.hear(f"heard {ticket} w2 {answer}".encode())
+    worker.hear(f"heard {ticket} w2 {answer}")
+    worker.store.answer(None)
 
-    assert worker.registry.said == [f"heard? {ticket} s x", *said]
-    assert (worker.ended, worker.made) == (ended, 1)
+    assert worker.store.asked[1] == ("new", other)
+    assert worker.store.said == [f"heard? {ticket} s x", *said]
+    assert (worker.ended, worker.outcomes) == (ended, {"new": None})
 
 
 async def test_a_worker_that_does_not_answer_is_not_waited_for() -> None:
-    worker = Worker(s=3000)
-    worker.ask("s", "w1", "w2")
-    await eventually(lambda: worker.made == 1)
-    worker.superseding.hear(f"heard {worker.ticket()} w2 9000".encode())
+    worker = Worker(s=Heard(3000, "here"))
+    worker.meet("new", entry("here"), entry("there", "w2"))
+    await eventually(lambda: len(worker.store.asked) == 2)
+    worker.hear(f"heard {worker.ticket()} w2 1 there")
+    worker.store.answer(None)
 
-    assert (worker.ended, worker.made) == (["s"], 1)
+    assert worker.store.asked[1:] == [("new", "here")]
+    assert (worker.ended, worker.outcomes) == (["here"], {"new": None})
+
+
+async def test_of_workers_that_are_gone_the_oldest_connection_makes_room() -> None:
+    worker = Worker()
+    worker.meet("new", entry("b", "w2", since=2), entry("a", "w2", since=1))
+    await eventually(lambda: len(worker.store.asked) == 2)
+
+    assert worker.store.asked[1] == ("new", "a")
+
+
+async def test_a_connection_without_a_place_has_none_to_give() -> None:
+    """It was told to go, and is still there."""
+    worker = Worker(s=Heard(3000, "going"))
+    worker.meet("new", entry("b", since=2), entry("a", since=1))
+
+    assert worker.store.asked[1] == ("new", "a")
+
+
+async def test_who_comes_too_late_for_a_place_asks_for_another() -> None:
+    worker = Worker(s=Heard(3000, "taken"))
+    worker.meet("new", entry("taken"), entry("free"))
+    worker.heard["s"] = Heard(4000, "free")
+    worker.store.answer(Full([entry("free"), entry("quicker", "w2")]))
+    worker.hear(f"heard {worker.ticket()} w2 5000 quicker")
+    worker.store.answer(None)
+
+    assert worker.store.asked == [("new", None), ("new", "taken"), ("new", "free")]
+    assert (worker.ended, worker.outcomes) == (["free"], {"new": None})
+
+
+async def test_who_always_comes_too_late_is_refused() -> None:
+    worker = Worker(s=Heard(3000, "c"))
+    worker.meet("new", entry("c"))
+    for _ in range(TRIES):
+        worker.store.answer(Full([entry("c")]))
+
+    assert worker.outcomes == {"new": Full([entry("c")])}
+    assert worker.ended == []
+
+
+async def test_newcomers_of_one_session_take_their_places_one_after_the_other() -> None:
+    worker = Worker(s=Heard(1, "a"), t=Heard(1, "x"))
+    worker.meet("first", entry("a"), entry("b"))
+    worker.meet("second", entry("a"), entry("b"))
+    worker.meet("other", entry("x", session="t"), session="t")
+    worker.store.answer(None, "other")
+    before = list(worker.store.asked)
+    worker.store.answer(None, "first")
+    worker.heard["s"] = Heard(2, "b")
+    worker.store.answer(Full([entry("b"), entry("first")]), "second")
+    worker.store.answer(None, "second")
+
+    assert [what for what in before if what[1]] == [("first", "a"), ("other", "x")]
+    assert worker.store.asked[len(before) :] == [("second", None), ("second", "b")]
+    assert worker.ended == ["x", "a", "b"]
+    assert worker.outcomes == {"other": None, "first": None, "second": None}
+
+
+async def test_a_store_that_is_away_stops_nobody_behind() -> None:
+    worker = Worker(s=Heard(1, "a"))
+    worker.meet("first", entry("a"))
+    worker.meet("second", entry("a"))
+    away = StoreUnavailable("away")
+    worker.store.answer(away, "first")
+    worker.store.answer(None, "second")
+
+    assert worker.outcomes == {"first": away, "second": None}
+    assert worker.ended == []
 
 
 async def test_questions_are_answered_for_sessions_that_are_here() -> None:
-    worker = Worker(**{"a b ": 1500})
+    worker = Worker(**{"a b ": Heard(1500, "c")})
     for session in ("a b ", "a b", "elsewhere"):
-        worker.superseding.hear(f"heard? t1 {session}".encode())
+        worker.hear(f"heard? t1 {session}")
 
-    assert worker.registry.said == ["heard t1 w1 1500"]
+    assert worker.store.said == ["heard t1 w1 1500 c"]
 
 
-@pytest.mark.parametrize("session", ["s", "a b", " a  b ", "é𝒳", "supersede w1 s"])
-async def test_who_is_told_to_end_a_connection_ends_it(session: str) -> None:
+async def test_who_is_told_to_end_a_connection_ends_it() -> None:
     worker = Worker()
-    worker.superseding.hear(f"supersede w1 {session}".encode())
-    worker.superseding.hear(f"supersede w2 {session}".encode())
+    worker.hear("supersede w1 c-1_x")
+    worker.hear("supersede w2 c-2_x")
 
-    assert worker.ended == [session]
+    assert worker.ended == ["c-1_x"]
 
 
 @pytest.mark.parametrize(
@@ -117,31 +230,24 @@ async def test_who_is_told_to_end_a_connection_ends_it(session: str) -> None:
         b"heard? t",
         b"heard t",
         b"heard t w2",
-        b"heard t w2 nan",
-        b"heard t w2 -1",
+        b"heard t w2 nan c",
+        b"heard t w2 -1 c",
         b"1700000000000-0",
         b"x" * 100_000,
     ],
 )
 async def test_anything_else_is_ignored(payload: bytes) -> None:
-    worker = Worker(s=3000)
+    worker = Worker(s=Heard(3000, "c"))
     worker.superseding.hear(payload)
 
-    assert (worker.ended, worker.registry.said) == ([], [])
+    assert (worker.ended, worker.store.said) == ([], [])
 
 
-@pytest.mark.parametrize("answer", ["nan", "-1", "", "1e9", "9 9"])
+@pytest.mark.parametrize("answer", ["nan c", "-1 c", "", "1e9 c", "² c", "9" * 400, "9" * 5000])
 async def test_an_answer_that_is_no_number_does_not_decide(answer: str) -> None:
-    worker = Worker(s=3000)
-    worker.ask("s", "w1", "w2")
-    worker.superseding.hear(f"heard {worker.ticket()} w2 {answer}".encode())
+    worker = Worker(s=Heard(3000, "here"))
+    worker.meet("new", entry("here"), entry("c", "w2"))
+    worker.hear(f"heard {worker.ticket()} w2 {answer}")
 
-    assert (worker.ended, worker.made) == ([], 0)
-    await eventually(lambda: worker.made == 1)
-
-
-@pytest.mark.parametrize("answer", ["²", "9" * 400, "9" * 5000])
-async def test_an_odd_number_raises_nothing(answer: str) -> None:
-    worker = Worker(s=3000)
-    worker.ask("s", "w1", "w2")
-    worker.superseding.hear(f"heard {worker.ticket()} w2 {answer}".encode())
+    assert len(worker.store.asked) == 1
+    await eventually(lambda: len(worker.store.asked) == 2)

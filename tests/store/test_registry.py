@@ -40,10 +40,12 @@ class Desk:
             address="192.0.2.1",
         )
 
-    async def register(self, entry: Entry) -> Full | StoreUnavailable | None:
+    async def register(
+        self, entry: Entry, *, instead_of: Entry | None = None
+    ) -> Full | StoreUnavailable | None:
         future: asyncio.Future[Full | StoreUnavailable | None]
         future = asyncio.get_running_loop().create_future()
-        self.registry.register(entry, future.set_result)
+        self.registry.register(entry, future.set_result, instead_of=instead_of)
         return await future
 
     async def lease(self, *, ago: int = -60_000) -> None:
@@ -123,6 +125,32 @@ async def test_an_unregistered_connection_makes_room(desks: Desks, user: str) ->
     assert refused == Full([first])
     assert await desk.register(second) is None
     assert await desk.listed(user) == [second]
+
+
+async def test_of_many_who_want_one_place_one_gets_it(desks: Desks, user: str) -> None:
+    here, there = await desks.open(most=1), await desks.open(most=1)
+    place = here.entry(user)
+    await here.register(place)
+    newcomers = [(desk, desk.entry(user)) for _ in range(10) for desk in (here, there)]
+    outcomes = await asyncio.gather(
+        *(desk.register(entry, instead_of=place) for desk, entry in newcomers)
+    )
+
+    [(_, winner)] = [
+        newcomer for newcomer, outcome in zip(newcomers, outcomes, strict=True) if outcome is None
+    ]
+    assert [outcome for outcome in outcomes if outcome] == [Full([winner])] * 19
+    assert await here.listed(user) == [winner]
+
+
+async def test_who_wants_a_place_that_is_gone_takes_any_that_is_free(
+    desks: Desks, user: str
+) -> None:
+    desk = await desks.open(most=1)
+    newcomer = desk.entry(user)
+
+    assert await desk.register(newcomer, instead_of=desk.entry(user)) is None
+    assert await desk.listed(user) == [newcomer]
 
 
 async def test_the_same_connection_may_be_unregistered_twice(desks: Desks, user: str) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from tests.support.tokens import Issuer
 
@@ -27,7 +28,7 @@ async def eventually(condition: Callable[[], object], what: str = "", within: fl
         await asyncio.sleep(0.005)
 
 
-async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
+async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks until they are done: a TaskGroup may lose a cancellation."""
     pending = set(tasks)
     while pending:

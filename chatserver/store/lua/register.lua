@@ -6,6 +6,7 @@
 -- ARGV  1 field, 2 since and address, 3 session
 --       4 connections that a user may have; 5 milliseconds that a lease lasts
 --       6 seconds that a registration lasts (a connection's is renewed with its token)
+--       7 field of one that gives up its place if it is there, or ''
 -- reply {1} if it is registered, or {0, field, value ...}: all that stand in its way
 local function register()
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
@@ -13,6 +14,9 @@ local function register()
   return {1}
 end
 
+if ARGV[7] ~= '' and redis.call('HDEL', KEYS[1], ARGV[7]) == 1 then
+  return register()
+end
 if redis.call('HLEN', KEYS[1]) < tonumber(ARGV[4]) then
   return register()
 end
