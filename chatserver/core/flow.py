@@ -76,7 +76,8 @@ class Admission:
 
     A storm becomes a queue. Who would wait longer than ``patience`` is refused, and told when its
     turn would have been behind everyone before it, those refused among them: so they come back
-    over the time that it takes to serve them. Times in seconds.
+    over the time that it takes to serve them. Nobody has a turn before it has come, so whoever
+    leaves the queue lets those behind move up. ``waiting`` is how many are in it; times in seconds.
     """
 
     __slots__ = ("_burst", "_later", "_next", "_patience", "_step")
@@ -89,17 +90,23 @@ class Admission:
         self._next = float("-inf")
         self._later = float("-inf")
 
-    def turn(self, now: float) -> float | None:
-        """Take the next turn. Returns its moment, which may be past, or None: refused."""
-        moment = max(self._next, now - self._burst)
-        if moment - now > self._patience:
-            return None
-        self._next = moment + self._step
-        return moment
+    def admits(self, waiting: int, now: float) -> bool:
+        """Whether one more may wait behind these."""
+        if not waiting:
+            self._next = max(self._next, now - self._burst)
+        return self._next + waiting * self._step - now <= self._patience
 
-    def come_back(self, now: float) -> float:
+    def turn(self, now: float) -> bool:
+        """Take a turn for the first who waits, if it has come."""
+        if self._next > now:
+            return False
+        self._next += self._step
+        return True
+
+    def come_back(self, waiting: int, now: float) -> float:
         """In how many seconds one that was just refused should come again."""
-        wait = min(max(self._later, self._next) - now, LONGEST_WAIT)
+        end = self._next + waiting * self._step
+        wait = min(max(self._later, end) - now, LONGEST_WAIT)
         self._later = now + wait + self._step
         return wait
 

@@ -13,7 +13,7 @@ import random
 import socket
 import ssl
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from enum import Enum, auto
 from functools import partial
@@ -113,8 +113,8 @@ class Listener:
             admission_rate, burst=TURN_SECONDS, patience=handshake_seconds / 2
         )
         self._at_once = math.ceil(2 * admission_rate * TURN_SECONDS)
-        self._queue: deque[tuple[float, Newcomer]] = deque()
-        """Those whose turn comes later, and when."""
+        self._queue: OrderedDict[Connection, Newcomer] = OrderedDict()
+        """Those whose turn is still to come; who hangs up leaves it."""
         self._turns: asyncio.TimerHandle | None = None
         self._most = connections
         self._sockets = sockets
@@ -257,6 +257,7 @@ class Listener:
         self._open -= 1
         self._emptied.set()
         self._pending.pop(connection, None)
+        self._queue.pop(connection, None)
         self._hub.remove(connection, ABNORMAL)
 
     # Answers.
@@ -281,15 +282,13 @@ class Listener:
             self._queue_up(Newcomer(connection, request, attempt, accepted))
 
     def _queue_up(self, newcomer: Newcomer) -> None:
-        now = time.monotonic()
-        moment = self._admission.turn(now)
-        if moment is None:
-            wait, origin = self._admission.come_back(now), newcomer.attempt.origin
-            self._refuse(
-                newcomer.connection, errors.HANDSHAKES_IN_FLIGHT, origin, wait=wait, spread=1.0
-            )
+        connection, origin = newcomer.connection, newcomer.attempt.origin
+        now, waiting = time.monotonic(), len(self._queue)
+        if not self._admission.admits(waiting, now):
+            wait = self._admission.come_back(waiting, now)
+            self._refuse(connection, errors.HANDSHAKES_IN_FLIGHT, origin, wait=wait, spread=1.0)
             return
-        self._queue.append((moment, newcomer))
+        self._queue[connection] = newcomer
         if self._turns is None:
             self._take_turns()
 
@@ -298,9 +297,9 @@ class Listener:
         now = time.monotonic()
         try:
             for _ in range(self._at_once):
-                if not self._queue or self._queue[0][0] > now:
+                if not self._queue or not self._admission.turn(now):
                     break
-                _, newcomer = self._queue.popleft()
+                _, newcomer = self._queue.popitem(last=False)
                 if newcomer.connection.phase is Phase.HANDSHAKE:
                     self._verify(newcomer)
         finally:

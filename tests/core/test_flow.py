@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
@@ -126,50 +128,74 @@ def test_whoever_waits_as_long_as_told_is_served(
 # --- admission -----------------------------------------------------------------------------
 
 
-def test_after_a_quiet_time_a_newcomer_has_its_turn_at_once() -> None:
-    admission = Admission(10.0, burst=0.2, patience=1.0)
-
-    turns = [admission.turn(now) for now in (100.0, 105.0, 110.0)]
-
-    assert turns == pytest.approx([99.8, 104.8, 109.8])
+def turns(admission: Admission, now: float) -> int:
+    """How many there are at this moment."""
+    return sum(iter(lambda: admission.turn(now), False))
 
 
-def test_those_who_come_together_have_their_turns_in_order_and_at_the_rate() -> None:
-    admission = Admission(10.0, burst=0.2, patience=1.0)
-
-    turns = [admission.turn(100.0) for _ in range(5)]
-
-    # The first two had come up while nobody was there.
-    assert turns == pytest.approx([99.8, 99.9, 100.0, 100.1, 100.2])
+def line(admission: Admission, now: float) -> int:
+    """So many come at once, until one is refused."""
+    return next(waiting for waiting in count() if not admission.admits(waiting, now))
 
 
-def test_who_would_wait_too_long_is_refused_and_takes_no_turn() -> None:
-    admission = Admission(10.0, burst=0.0, patience=0.35)
+@pytest.mark.parametrize("now", [100.0, 105.0, 1e9])
+def test_after_a_quiet_time_the_turns_of_a_burst_are_there(now: float) -> None:
+    admission = Admission(8.0, burst=0.25, patience=1.0)
+    line(admission, 100.0)
 
-    turns = [admission.turn(100.0) for _ in range(6)]
+    assert admission.admits(0, now)
+    assert turns(admission, now) == 3
 
-    assert turns == pytest.approx([100.0, 100.1, 100.2, 100.3, None, None])
-    assert admission.turn(100.1) == pytest.approx(100.4)
-    assert admission.turn(100.1) is None
+
+def test_turns_come_at_the_rate() -> None:
+    admission = Admission(8.0, burst=0.0, patience=1.0)
+    line(admission, 100.0)
+
+    there = [turns(admission, now) for now in (100.0, 100.1, 100.125, 100.3, 100.5)]
+
+    assert there == [1, 0, 1, 1, 2]
+
+
+def test_what_a_busy_loop_has_missed_is_made_up_for() -> None:
+    admission = Admission(8.0, burst=0.0, patience=1.0)
+    waiting = line(admission, 100.0)
+
+    assert admission.admits(waiting, 101.0)
+    assert turns(admission, 101.0) == 9
+
+
+def test_who_would_wait_too_long_is_refused() -> None:
+    admission = Admission(8.0, burst=0.0, patience=0.5)
+
+    assert line(admission, 100.0) == 5
+    assert admission.turn(100.125)
+    assert [admission.admits(waiting, 100.125) for waiting in (3, 4, 5)] == [True, True, False]
+
+
+def test_who_leaves_lets_those_behind_move_up() -> None:
+    admission = Admission(1.0, burst=0.0, patience=3.0)
+    waiting = line(admission, 100.0)
+
+    assert not admission.admits(waiting, 100.0)
+    assert admission.admits(1, 100.0)
+    assert turns(admission, 101.0) == 2
 
 
 def test_those_refused_come_back_one_by_one_behind_those_who_wait() -> None:
     admission = Admission(10.0, burst=0.0, patience=0.35)
-    for _ in range(4):
-        admission.turn(100.0)
+    waiting = line(admission, 100.0)
 
-    waits = [admission.come_back(100.0) for _ in range(3)]
+    waits = [admission.come_back(waiting, 100.0) for _ in range(3)]
 
     assert waits == pytest.approx([0.4, 0.5, 0.6])
-    assert admission.come_back(100.2) == pytest.approx(0.5)
+    assert admission.come_back(waiting, 100.2) == pytest.approx(0.5)
 
 
 def test_nobody_is_sent_away_for_longer_than_a_minute() -> None:
     admission = Admission(1.0, burst=0.0, patience=2.0)
-    for _ in range(4):
-        admission.turn(100.0)
+    waiting = line(admission, 100.0)
 
-    waits = [admission.come_back(100.0) for _ in range(1000)]
+    waits = [admission.come_back(waiting, 100.0) for _ in range(1000)]
 
     assert waits[0] == 3.0
     assert max(waits) == LONGEST_WAIT
@@ -179,43 +205,49 @@ def test_a_storm_is_served_at_the_rate_and_each_is_refused_once_at_most() -> Non
     """Ten thousand at once, a thousand a second: ten seconds."""
     admission = Admission(1000.0, burst=0.005, patience=2.5)
     coming = [(100.0, number) for number in range(10_000)]
-    turns: list[float] = []
+    waiting = 0
+    served: list[float] = []
     refusals: dict[int, int] = {}
 
-    while coming:
-        now, number = heapq.heappop(coming)
-        turn = admission.turn(now)
-        if turn is None:
-            refusals[number] = refusals.get(number, 0) + 1
-            heapq.heappush(coming, (now + admission.come_back(now), number))
-        else:
-            turns.append(turn)
+    for tick in range(2200):
+        now = 100.0 + tick * 0.005
+        while coming and coming[0][0] <= now:
+            _, number = heapq.heappop(coming)
+            if admission.admits(waiting, now):
+                waiting += 1
+            else:
+                refusals[number] = refusals.get(number, 0) + 1
+                heapq.heappush(coming, (now + admission.come_back(waiting, now), number))
+        while waiting and admission.turn(now):
+            waiting -= 1
+            served.append(now)
 
-    assert len(turns) == 10_000
-    assert max(turns) == pytest.approx(110.0, abs=0.1)
+    assert len(served) == 10_000
+    assert max(served) == pytest.approx(110.0, abs=0.1)
     assert len(refusals) == pytest.approx(7500, abs=10)
     assert set(refusals.values()) == {1}
 
 
 @given(
-    st.floats(0.1, 1e6),
-    st.floats(0.0, 10.0),
+    st.floats(0.1, 1e4),
+    st.floats(0.0, 5.0),
     st.lists(st.floats(0.0, 5.0), min_size=1, max_size=50),
 )
-def test_turns_never_go_back_nor_beyond_the_patience(
+def test_whoever_is_admitted_has_its_turn_within_the_patience(
     rate: float, patience: float, gaps: list[float]
 ) -> None:
     admission = Admission(rate, burst=0.005, patience=patience)
-    now, last = 100.0, float("-inf")
+    now, until = 100.0, deque[float]()
 
     for gap in gaps:
         now += gap
-        turn = admission.turn(now)
-        if turn is None:
-            assert 0.0 <= admission.come_back(now) <= LONGEST_WAIT
+        while until and admission.turn(now):
+            until.popleft()
+        assert not until or until[0] >= now - 1e-6
+        if admission.admits(len(until), now):
+            until.append(now + patience)
         else:
-            assert last <= turn <= now + patience
-            last = turn
+            assert 0.0 <= admission.come_back(len(until), now) <= LONGEST_WAIT
 
 
 # --- patience ------------------------------------------------------------------------------

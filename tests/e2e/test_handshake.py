@@ -559,6 +559,22 @@ async def test_whoever_hangs_up_while_it_waits_is_forgotten(
         await eventually(lambda: len(worker.descriptors()) <= before + 2)
 
 
+async def test_whoever_hangs_up_lets_those_behind_move_up(
+    start_worker: StartWorker, issuer: Issuer, user: str
+) -> None:
+    """One in two seconds is let in, and nobody comes for half a minute's turns."""
+    worker = start_worker(admission_rate=0.5, handshake_seconds=60)
+    before = len(worker.descriptors())
+    async with AsyncExitStack() as sockets:
+        for _ in range(14):
+            await _asking(sockets, worker, issuer.token(user))
+        await eventually(lambda: len(worker.descriptors()) >= before + 14)
+    await eventually(lambda: len(worker.descriptors()) == before)
+
+    async with await Client.connect(worker.url, issuer.token(user)) as newcomer:
+        await newcomer.ping()
+
+
 async def test_what_is_sent_while_waiting_is_answered_afterwards(
     start_worker: StartWorker, issuer: Issuer, user: str
 ) -> None:

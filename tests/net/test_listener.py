@@ -33,25 +33,33 @@ class Waiting:
         self.answers.append(response)
 
 
-async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
-    seen: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context))
-    listener = Listener(
+def door(*, rate: float = 100) -> Listener:
+    return Listener(
         Hub(),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         frame_bytes=1024,
         extensions=[],
         handshake_rate=1000,
-        admission_rate=100,
+        admission_rate=rate,
         handshake_seconds=5,
         connections=10,
         sockets=10,
     )
-    before, first, second = Waiting(), Waiting(), Waiting()
-    for number, waiting in ((1, before), (0, first), (2, second)):
-        attempt = Attempt(f"t{number}", "192.0.2.1", None, True, None)
-        listener._queue_up(Newcomer(waiting, None, attempt, None))  # type: ignore[arg-type]
+
+
+def queue_up(listener: Listener, number: int) -> Waiting:
+    waiting = Waiting()
+    attempt = Attempt(f"t{number}", "192.0.2.1", None, True, None)
+    listener._queue_up(Newcomer(waiting, None, attempt, None))  # type: ignore[arg-type]
+    return waiting
+
+
+async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
+    seen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context))
+    listener = door()
+    _, first, second = (queue_up(listener, number) for number in (1, 0, 2))
 
     await eventually(lambda: second.answers)
 
