@@ -283,6 +283,9 @@ class Listener:
 
     def _queue_up(self, newcomer: Newcomer) -> None:
         connection, origin = newcomer.connection, newcomer.attempt.origin
+        if self._door is Door.SHUT:
+            self._refuse(connection, errors.HOST_DRAINING, origin)
+            return
         now, waiting = time.monotonic(), len(self._queue)
         if not self._admission.admits(waiting, now):
             wait = self._admission.come_back(waiting, now)
@@ -297,7 +300,9 @@ class Listener:
         now = time.monotonic()
         try:
             for _ in range(self._at_once):
-                if not self._queue or not self._admission.turn(now):
+                # That the host goes they are told as soon as may be: there is nothing to wait for.
+                come = self._queue and (self._door is Door.SHUT or self._admission.turn(now))
+                if not come:
                     break
                 _, newcomer = self._queue.popitem(last=False)
                 if newcomer.connection.phase is Phase.HANDSHAKE:

@@ -66,3 +66,17 @@ async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
     assert [answer.status_code for answer in second.answers] == [503]
     assert first.answers == []
     assert [str(context["exception"]) for context in seen] == ["a bug"]
+
+
+async def test_when_the_host_goes_nobody_waits_for_a_turn_any_more() -> None:
+    listener = door(rate=0.5)
+    waiting = [queue_up(listener, number) for number in range(1, 3)]
+    listener.stop()
+    late = queue_up(listener, 3)
+    immediately = list(late.answers)
+
+    await eventually(lambda: all(each.answers for each in waiting), within=1.5)
+
+    assert b"unavailable" in waiting[0].answers[0].body
+    assert b"draining" in waiting[1].answers[0].body
+    assert [b"draining" in answer.body for answer in immediately] == [True]
