@@ -43,6 +43,9 @@ const inWords = (error) => WORDS[error.code] ?? WORDS[error.name] ?? error.messa
 const at = (id) => document.getElementById(id);
 const log = at("log");
 
+/** Half a character, which a script or a paste can leave there, would be refused by the server. */
+const typed = (id) => at(id).value.toWellFormed();
+
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
@@ -72,8 +75,10 @@ const tokens = {
 
 at("login").onsubmit = async (submitted) => {
   submitted.preventDefault();
-  const user = at("name").value;
+  const user = typed("name");
+  const button = at("login").querySelector("button");
   at("refusal").textContent = "";
+  button.disabled = true; // A second click would begin a second session.
   try {
     // Development's own way in. An application asks its backend, which knows who is logged in.
     const query = new URLSearchParams({ user });
@@ -86,6 +91,9 @@ at("login").onsubmit = async (submitted) => {
     enter();
   } catch (error) {
     at("refusal").textContent = error instanceof TypeError ? WORDS[1006] : error.message;
+    at("name").focus();
+  } finally {
+    button.disabled = false;
   }
 };
 
@@ -240,12 +248,15 @@ function named(hash) {
 at("join").onsubmit = (submitted) => {
   submitted.preventDefault();
   notice();
-  location.hash = hashOf(at("room").value);
+  location.hash = hashOf(typed("room"));
   at("room").value = "";
   at("text").focus();
 };
 
-at("leave").onclick = () => client.leave(current.name).catch(complain);
+at("leave").onclick = ({ detail }) => {
+  // The second click of two is not meant for the room that is shown by then.
+  if (detail < 2) client.leave(current.name).catch(complain);
+};
 
 async function join(name) {
   const view = openView(name);
@@ -262,7 +273,7 @@ async function join(name) {
   rooms.delete(name);
   view.tab.remove();
   remember({ ...me, rooms: [...rooms.keys()] });
-  if (view === current) go(me.rooms[0]);
+  if (view === current) go(rooms.has(view.from) ? view.from : me.rooms[0]);
 }
 
 /** However long it takes. */
@@ -282,6 +293,8 @@ function openView(name) {
   const earlier = element("button", { type: "button", className: "earlier", hidden: true });
   const view = {
     name,
+    /** The room that was shown before, if any. */
+    from: current?.name,
     link,
     count,
     earlier,
@@ -448,7 +461,7 @@ function offerEarlier(view, more) {
 
 at("compose").onsubmit = (submitted) => {
   submitted.preventDefault();
-  const text = at("text").value.trim();
+  const text = typed("text").trim();
   if (text === "") return;
   notice();
   at("text").value = "";

@@ -147,7 +147,59 @@ async def test_a_room_that_is_refused_says_why(open_window: OpenWindow, room: st
     await alice.press("Join")
     await expect(alice.alert).to_have_text("dm:bob:carol: You may not do that in this room.")
 
+    await expect(alice.title).to_have_text(room)
+
+
+async def test_a_double_click_leaves_one_room(open_window: OpenWindow, room: str) -> None:
+    alice = await (await open_window()).enter("alice", room, f"{room}-2")
+    await alice.page.get_by_role("button", name="Leave").dblclick()
+    await alice.page.get_by_role("button", name="Leave").dblclick()
+
     await expect(alice.title).to_have_text("general")
+    await expect(alice.page.get_by_role("link")).to_have_text(["Second window", "general"])
+
+
+async def test_a_double_click_signs_in_once(open_window: OpenWindow) -> None:
+    window = await open_window()
+    logins: list[str] = []
+    window.page.on("request", lambda it: logins.append(it.url) if "/dev/" in it.url else None)
+    await window.page.get_by_label("Your name").fill("alice")
+    await window.page.get_by_role("button", name="Sign in").dblclick()
+    await window.sees_state("Connected")
+
+    assert len(logins) == 1
+
+
+async def test_half_a_character_is_replaced(open_window: OpenWindow, room: str) -> None:
+    alice = await (await open_window()).enter("alice", room)
+    await alice.message.evaluate("e => { e.value = '\\ud83d half'; e.form.requestSubmit(); }")
+    await alice.sees("\ufffd half")
+    await alice.sees_all_stored()
+    box = alice.page.get_by_label("Room to join")
+    await box.evaluate("e => { e.value = '\\ud83d'; e.form.requestSubmit(); }")
+
+    await expect(alice.alert).to_contain_text("\ufffd: A room's name has letters")
+
+
+async def test_what_is_written_from_right_to_left_turns_nothing_else(
+    open_window: OpenWindow, worker: Worker, issuer: Issuer, room: str
+) -> None:
+    mallory = await (await open_window()).enter("\u202ecilam", room)
+    await mallory.say("\u202edesrever", "שלום, world")
+    alice = await (await open_window()).enter("alice", room)
+    await alice.sees("\u202edesrever", "שלום, world")
+    is_left_of = """(element, [first, second]) => {
+        const [one, other] = [first, second].map((at) => {
+            const range = document.createRange();
+            range.setStart(element.firstChild, at);
+            range.setEnd(element.firstChild, at + 1);
+            return range.getBoundingClientRect().left;
+        });
+        return one < other;
+    }"""
+
+    assert await alice.page.locator("li time").first.evaluate(is_left_of, [0, 3])
+    assert not await alice.lines.last.evaluate(is_left_of, [0, 6])  # as its language begins
 
 
 async def test_whatever_others_send_is_text(
@@ -340,6 +392,8 @@ async def test_on_a_phone_nothing_is_out_of_sight_or_too_small(
         "alice", *(unique("a") for _ in range(9)), room
     )
     await expect(alice.lines.last).to_have_text("last")
+    await alice.say(*map(str, range(15)))
+    await alice.sees_all_stored()
     page = alice.page
     await expect(page.get_by_role("link", name=room)).to_be_in_viewport()
 
