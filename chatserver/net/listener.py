@@ -45,8 +45,12 @@ from chatserver.net.hub import Hub
 from chatserver.net.tokens import TokenCounter
 from chatserver.store.registry import Full
 
-PENDING_HANDSHAKES = 2000
-"""Accepted sockets that have not asked for anything yet."""
+SILENT_SOCKETS = 2000
+"""Accepted sockets that have not asked for anything yet.
+
+Beyond it the one that was silent longest goes: who has something to ask does so at once, so that
+somebody who opens sockets and says nothing takes them from nobody but themselves.
+"""
 BURST_SECONDS = 5.0
 """An address may use so many seconds of its rate at once: an office behind one address."""
 TURN_SECONDS = 0.005
@@ -122,6 +126,8 @@ class Listener:
         self._tls = False
         self._pending: dict[Connection, float] = {}
         """Those whose handshake has not succeeded, and when their time is over."""
+        self._silent: OrderedDict[Connection, None] = OrderedDict()
+        """Those of them that have not asked for anything yet."""
         self._registering = 0
         self._deposits: set[asyncio.Task[None]] = set()
         self._open = 0
@@ -209,10 +215,14 @@ class Listener:
             # The store's connections need descriptors, too; a polite answer would hold this one.
             connection.abort()
             return
-        if len(self._pending) - len(self._queue) - self._registering > PENDING_HANDSHAKES:
-            self._refuse(connection, errors.HANDSHAKES_IN_FLIGHT)
+        self._silent[connection] = None
+        if len(self._silent) > SILENT_SOCKETS:
+            longest, _ = self._silent.popitem(last=False)
+            self._count(errors.HANDSHAKES_IN_FLIGHT)
+            longest.abort()
 
     def requested(self, connection: Connection, request: HttpRequest) -> None:
+        self._silent.pop(connection, None)
         asked = handshake.Request(
             request.method,
             request.path,
@@ -251,12 +261,14 @@ class Listener:
         self._hub.fanout.flush_later(connection)
 
     def ended(self, connection: Connection) -> None:
+        self._silent.pop(connection, None)
         self._hub.remove(connection, connection.ending)
 
     def lost(self, connection: Connection) -> None:
         self._open -= 1
         self._emptied.set()
         self._pending.pop(connection, None)
+        self._silent.pop(connection, None)
         self._queue.pop(connection, None)
         self._hub.remove(connection, ABNORMAL)
 
@@ -421,8 +433,7 @@ class Listener:
         allowed: str = "GET",
         path: str = "",
     ) -> None:
-        self.refused[refusal.code] += 1
-        _OUTCOMES.get(path, measured.handshakes).count(refusal.code)
+        self._count(refusal, path)
         retry_after = None
         if refusal.status in (429, 503):
             # Spread, so that those who were refused together do not come back together.
@@ -436,3 +447,7 @@ class Listener:
                 allowed=allowed,
             )
         )
+
+    def _count(self, refusal: Refusal, path: str = "") -> None:
+        self.refused[refusal.code] += 1
+        _OUTCOMES.get(path, measured.handshakes).count(refusal.code)

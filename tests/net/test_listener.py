@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+from websockets.datastructures import Headers
+from websockets.http11 import Request
+
 from chatserver.core.errors import StoreUnavailable
-from chatserver.core.handshake import Attempt
+from chatserver.core.handshake import Attempt, Policy
+from chatserver.net import listener
 from chatserver.net.connection import Phase
 from chatserver.net.listener import Listener, Newcomer
 from tests.support.worker import eventually
@@ -20,14 +25,26 @@ class Hub:
             raise RuntimeError("a bug")
         raise StoreUnavailable("away")
 
+    def fresh(self) -> bool:
+        return True
+
+    def remove(self, connection: object, ending: str) -> None:
+        """None of them was let in."""
+
 
 class Waiting:
     """A connection that has asked to be let in."""
 
     phase = Phase.HANDSHAKE
+    peer = "192.0.2.1"
+    ending = "1006"
 
     def __init__(self) -> None:
         self.answers: list[Any] = []
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
 
     def respond(self, response: Any) -> None:
         self.answers.append(response)
@@ -37,29 +54,29 @@ def door(*, rate: float = 100) -> Listener:
     return Listener(
         Hub(),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
+        Policy(),
         frame_bytes=1024,
         extensions=[],
         handshake_rate=1000,
         admission_rate=rate,
         handshake_seconds=5,
         connections=10,
-        sockets=10,
+        sockets=100,
     )
 
 
-def queue_up(listener: Listener, number: int) -> Waiting:
+def queue_up(house: Listener, number: int) -> Waiting:
     waiting = Waiting()
     attempt = Attempt(f"t{number}", "192.0.2.1", None, True, None)
-    listener._queue_up(Newcomer(waiting, None, attempt, None))  # type: ignore[arg-type]
+    house._queue_up(Newcomer(waiting, None, attempt, None))  # type: ignore[arg-type]
     return waiting
 
 
 async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
     seen: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context))
-    listener = door()
-    _, first, second = (queue_up(listener, number) for number in (1, 0, 2))
+    house = door()
+    _, first, second = (queue_up(house, number) for number in (1, 0, 2))
 
     await eventually(lambda: second.answers)
 
@@ -69,10 +86,10 @@ async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
 
 
 async def test_when_the_host_goes_nobody_waits_for_a_turn_any_more() -> None:
-    listener = door(rate=0.5)
-    waiting = [queue_up(listener, number) for number in range(1, 3)]
-    listener.stop()
-    late = queue_up(listener, 3)
+    house = door(rate=0.5)
+    waiting = [queue_up(house, number) for number in range(1, 3)]
+    house.stop()
+    late = queue_up(house, 3)
     immediately = list(late.answers)
 
     await eventually(lambda: all(each.answers for each in waiting), within=1.5)
@@ -80,3 +97,28 @@ async def test_when_the_host_goes_nobody_waits_for_a_turn_any_more() -> None:
     assert b"unavailable" in waiting[0].answers[0].body
     assert b"draining" in waiting[1].answers[0].body
     assert [b"draining" in answer.body for answer in immediately] == [True]
+
+
+async def test_of_too_many_who_say_nothing_the_one_silent_longest_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not the newcomer, nor who has been heard, has been answered, or has hung up."""
+    monkeypatch.setattr(listener, "SILENT_SOCKETS", 2)
+    house = door()
+    asking, answered, gone, first, second = everybody = [Waiting() for _ in range(5)]
+    house.connected(asking)  # type: ignore[arg-type]
+    house.requested(asking, Request("/healthz", Headers(Host="here")))  # type: ignore[arg-type]
+    house.connected(answered)  # type: ignore[arg-type]
+    house.ended(answered)  # type: ignore[arg-type]
+    house.connected(gone)  # type: ignore[arg-type]
+    house.lost(gone)  # type: ignore[arg-type]
+    house.connected(first)  # type: ignore[arg-type]
+    house.connected(second)  # type: ignore[arg-type]
+    before = [each.aborted for each in everybody]
+    newcomer = Waiting()
+    house.connected(newcomer)  # type: ignore[arg-type]
+
+    assert not any(before)
+    assert first.aborted
+    assert [each.aborted for each in (asking, answered, second, newcomer)] == [False] * 4
+    assert house.refused == {"overloaded": 1}
