@@ -46,6 +46,14 @@ const log = at("log");
 /** Half a character, which a script or a paste can leave there, would be refused by the server. */
 const typed = (id) => at(id).value.toWellFormed();
 
+/** The second click of a double one is not meant for the button that is there by then. */
+function ignoreSecondClick(click) {
+  if (click.detail < 2 || !click.target.closest("button")) return;
+  click.preventDefault();
+  click.stopPropagation();
+}
+addEventListener("click", ignoreSecondClick, { capture: true });
+
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
@@ -253,10 +261,7 @@ at("join").onsubmit = (submitted) => {
   at("text").focus();
 };
 
-at("leave").onclick = ({ detail }) => {
-  // The second click of two is not meant for the room that is shown by then.
-  if (detail < 2) client.leave(current.name).catch(complain);
-};
+at("leave").onclick = () => client.leave(current.name).catch(complain);
 
 async function join(name) {
   const view = openView(name);

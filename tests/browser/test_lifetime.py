@@ -119,3 +119,22 @@ async def test_when_the_server_is_killed_and_restarted_nothing_is_missing_or_dou
     assert sorted(shown[0]) == sorted(texts)
     await windows[0].page.reload()
     await windows[0].sees(*shown[0])
+
+
+async def test_a_double_click_on_what_moves_away_hits_nothing_else(
+    open_window: OpenWindow, start_worker: StartWorker
+) -> None:
+    """Under "Try now" there is "Sign out" on a phone as soon as the first click is heard."""
+    server = start_worker()
+    window = await open_window(server, viewport={"width": 360, "height": 640})
+    window.expect_problems("ERR_|WebSocket connection|426|503")
+    await window.enter("alice")
+    server.signal(signal.SIGKILL)
+    await server.exit_code()
+    await window.sees_state("The server cannot be reached.")
+    await window.page.get_by_role("button", name="Try now").dblclick()
+    await window.sees_state("The server cannot be reached.")
+    server.start()
+    await window.page.locator("#retry").dispatch_event("click")
+
+    await window.sees_state("Connected")
