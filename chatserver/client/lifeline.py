@@ -79,13 +79,16 @@ class Lifeline(ABC):
     async def close(self) -> None:
         """Say goodbye, and come back no more."""
         self._finish(None)
-        if self._connection is not None:
-            link = self._connection.link
-            self._drop()
-            await link.close()
-        self._supervisor.cancel()
-        await asyncio.gather(self._supervisor, return_exceptions=True)
-        await self._tokens.close()
+        try:
+            if self._connection is not None:
+                link = self._connection.link
+                self._drop()
+                await link.close()
+        finally:
+            # Also when the wait for the server's goodbye was cancelled.
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+            await self._tokens.close()
 
     async def opened(self) -> None:
         """Wait until there is a connection. Raises what `Closed` tells."""

@@ -1364,3 +1364,31 @@ async def test_an_exception_of_the_block_comes_out_as_it_is_and_the_connection_i
         with pytest.raises(ZeroDivisionError):
             async with connect(url, token="t"):
                 raise ZeroDivisionError
+
+
+async def test_a_close_that_is_cancelled_leaves_nothing_behind() -> None:
+    """As when a timeout ends the whole block, and the server has gone silent."""
+    resume = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        peer.socket.transport.pause_reading()
+        await resume.wait()
+        peer.socket.transport.resume_reading()
+
+    def supervisors() -> list[str]:
+        coroutines = [repr(task.get_coro()) for task in asyncio.all_tasks()]
+        return [name for name in coroutines if "_supervise" in name]
+
+    async with scripted(script) as url:
+        async with connect(url, token="t") as client:
+            assert len(supervisors()) == 1
+            closing = asyncio.create_task(client.close())
+            await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+            left = supervisors()
+            resume.set()
+
+    assert closing.cancelled()
+    assert left == []
