@@ -138,7 +138,8 @@ class Client(Lifeline):
 
         If the server cannot prove that nothing is missing since then, the first event is a `Gap`
         and the latest ``last`` events follow it (50 by default). Joining a room again gives a new
-        Room in the place of the old.
+        Room in the place of the old; a join that is still waiting then, or when the room is left,
+        raises `ChatError`.
         """
         self._check_open()
         self._quit(name, None)
@@ -268,7 +269,8 @@ class Client(Lifeline):
     def _end(self, why: Exception | None) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
-        for name in list(self._rooms):
+        for name, room in list(self._rooms.items()):
+            room.refuse(self._over())
             self._quit(name, why)
         self._outbox.close(self._over())
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
+from .errors import ChatError
 from .events import Event, Frame, History, JoinAck, Left, Position, read
 from .positions import Place, Standing
 
@@ -158,11 +159,12 @@ class Room:
         self.refusals += 1
 
     def refuse(self, error: Exception) -> None:
-        """The join was refused for good."""
+        """Whoever waits for the first join is told why there will be none."""
         self._answer(error)
 
     async def admission(self) -> None:
-        """Wait for the first join's ack. Raises its refusal, and what ends the client."""
+        """Wait for the first join's ack. Raises its refusal, what ends the client, and `ChatError`
+        when the room has ended before."""
         self._admission = asyncio.get_running_loop().create_future()
         refused = await self._admission
         self._admission = None
@@ -196,7 +198,7 @@ class Room:
             self._put(self._place.position or self.position, why)
         else:
             self._lost = why
-        self._answer(self._lost)
+        self._answer(self._lost or ChatError(f"{self.name} was left, or joined again, meanwhile"))
         self._wake()
 
     def _put(self, position: Position, event: Event | None) -> None:

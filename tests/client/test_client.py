@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chatserver.client import (
+    ChatError,
     Client,
     Closed,
     CommandError,
@@ -349,6 +350,31 @@ async def test_joining_again_ends_the_room_of_before() -> None:
         await before.leave()
         assert offsets([event async for event in before]) == [1]
         assert offsets(await take(after, 1)) == [1]
+
+
+async def test_a_join_overtaken_by_another_a_leave_or_the_end_is_no_room() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        for expected in ("join", "join", "leave", "join"):
+            if (await peer.expect(expected))["type"] == "leave":
+                await peer.ack({"id": 3}, room="general")
+
+    async def join() -> asyncio.Task[Room]:
+        joining = asyncio.create_task(client.join("general"))
+        await asyncio.sleep(0)
+        return joining
+
+    async with scripted(script) as url, connect(url, token="t") as client:
+        overtaken, left = await join(), await join()
+        with pytest.raises(ChatError, match="joined again"):
+            await overtaken
+        await client.leave("general")
+        with pytest.raises(ChatError, match="left"):
+            await left
+        waiting = await join()
+        await client.close()
+        with pytest.raises(DisconnectedError, match="1000 closed by this client"):
+            await waiting
 
 
 async def test_a_full_queue_lets_events_go_and_asks_for_them_when_it_has_drained() -> None:
