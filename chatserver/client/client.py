@@ -21,6 +21,7 @@ from uuid import uuid4
 from msgspec.structs import asdict
 
 from .backoff import FIRST, LONGEST, Backoff, wait_again
+from .clock import Clock
 from .connection import Answered, Connection, read_error
 from .errors import CommandError, DisconnectedError, TokenRefusedError
 from .events import (
@@ -115,6 +116,8 @@ class Client(Lifeline):
         self._slots = asyncio.Semaphore(UNACKNOWLEDGED)
         self._asks = asyncio.Semaphore(ASKING)
         self._outbox = Outbox()
+        self._clock = Clock()
+        """The outbox's: the server forgets keys while this machine sleeps, too."""
         self._rooms: dict[str, Room] = {}
         self._outside: dict[Room, None] = {}
         """Rooms to be joined as soon as can be."""
@@ -310,15 +313,15 @@ class Client(Lifeline):
 
     def _pump(self) -> None:
         """Write what may be written now; see to it that this is called again when more may."""
-        now = self._loop.time()
-        self._outbox.expire(now)
-        wake_at = self._outbox.wake_at(now)
+        now, elapsed = self._loop.time(), self._clock.now()
+        self._outbox.expire(elapsed)
+        wake_at = now + self._outbox.wake_at(elapsed) - elapsed
         connection = self._connection
         if connection is not None and connection.open:
             wake_at = min(
                 wake_at,
                 self._pump_joins(connection, now),
-                self._pump_messages(connection, now),
+                self._pump_messages(connection, now, elapsed),
                 connection.watch(),
             )
         self._wake_at(wake_at)
@@ -360,11 +363,11 @@ class Client(Lifeline):
             room.refuse(error)
             self._quit(room.name, Left(room.name, error.code))
 
-    def _pump_messages(self, connection: Connection, now: float) -> float:
-        for message in self._outbox.due(now):
+    def _pump_messages(self, connection: Connection, now: float, elapsed: float) -> float:
+        for message in self._outbox.due(elapsed):
             if (wait := connection.wait(send=True)) > 0.0:
                 return now + wait
-            self._outbox.begin(message, now)
+            self._outbox.begin(message, elapsed)
             connection.send(message.text, self._answer_to(message))
         return math.inf
 
@@ -375,7 +378,7 @@ class Client(Lifeline):
             elif frame["type"] == "ack":
                 self._outbox.acknowledge(message, read(frame, Position))
             else:
-                self._outbox.refuse(message, read_error(frame), self._loop.time())
+                self._outbox.refuse(message, read_error(frame), self._clock.now())
 
         return answered
 

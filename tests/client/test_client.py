@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from contextlib import AbstractAsyncContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from chatserver.client import (
     UnknownOutcomeError,
     Waiting,
     backoff,
+    clock,
     connect,
     connection,
 )
@@ -841,6 +843,26 @@ async def test_a_message_whose_key_may_be_forgotten_fails_visibly_and_is_not_rep
         await client.ping()
 
     assert (caught.value.key, caught.value.why) == ("mine", None)
+
+
+async def test_keys_are_forgotten_while_this_machine_sleeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def first(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.expect("send")
+        woken = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 1200)
+        monkeypatch.setattr(clock, "time", woken)
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.ack(await peer.expect("ping"), ts=1)
+
+    async with scripted(first, second) as url, swift(url) as client:
+        with pytest.raises(UnknownOutcomeError):
+            await client.send("general", 1)
+        await client.ping()
 
 
 async def test_messages_wait_when_too_many_are_unacknowledged(
