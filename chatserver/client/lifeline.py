@@ -57,6 +57,8 @@ class Lifeline(ABC):
         self._on_state = on_state
         self._loop = asyncio.get_running_loop()
         self._patient_until = self._loop.time() + patience
+        self._entered = False
+        """Whether anybody was told that there is a connection: before that, patience has an end."""
         self._tokens = Tokens(token, CONNECT_SECONDS)
         self._change: asyncio.Future[None] | None = None
         self._connection: Connection | None = None
@@ -93,6 +95,7 @@ class Lifeline(ABC):
     async def opened(self) -> None:
         """Wait until there is a connection. Raises what `Closed` tells."""
         await self._opened()
+        self._entered = True
 
     async def _supervise(self) -> None:
         try:
@@ -175,7 +178,7 @@ class Lifeline(ABC):
         return hasattr(self, "welcome")
 
     def _is_patient(self, wait: float) -> bool:
-        return self._welcomed or self._loop.time() + wait <= self._patient_until
+        return self._entered or self._loop.time() + wait <= self._patient_until
 
     def _take_up(self, connection: Connection) -> None:
         welcome = connection.link.welcome

@@ -145,6 +145,17 @@ async def test_entering_goes_on_trying_as_long_as_the_patience_lasts() -> None:
         assert client.state == Open("c1")
 
 
+async def test_patience_ends_with_a_server_that_welcomes_and_goes_at_once() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.bye(1013, "overloaded", after=200)
+
+    async with scripted(script, script) as url:
+        with pytest.raises(DisconnectedError, match="1013"):
+            async with connect(url, token="t", patience=0.3):
+                pass
+
+
 @pytest.mark.parametrize(
     ("url", "token"),
     [("http://here/", "t"), ("ws://here/", "secret\r\nX: y"), ("ws://here/", "secret ")],
