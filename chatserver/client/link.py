@@ -136,6 +136,14 @@ def check_url(url: str) -> None:
         raise ValueError(f"not a WebSocket URL: {exc.msg}") from None
 
 
+def check_token(token: object) -> None:
+    """Raise ValueError for what is no token: it must fit into a header."""
+    if not isinstance(token, str):
+        raise ValueError(f"a token is a string, not {type(token).__name__}")
+    if not TOKEN.fullmatch(token):
+        raise ValueError("a token has characters that no token has")
+
+
 @functools.cache
 def default_tls() -> ssl.SSLContext:
     """One for all connections: the certificates of the world are large."""
@@ -149,8 +157,7 @@ def _reason(exc: OSError) -> str:
 
 
 def _dial(url: str, token: str, tls: ssl.SSLContext | None) -> websockets_connect:
-    if not TOKEN.fullmatch(token):
-        raise ValueError("a token has characters that no token has")
+    check_token(token)
     parts = urlsplit(url)
     return websockets_connect(
         url,

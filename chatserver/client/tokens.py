@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from .flight import Flight
+from .link import check_token
 
 TokenSource = Callable[[], Awaitable[str]]
 
@@ -74,7 +75,7 @@ class Tokens:
     async def renew(self) -> str:
         """Ask for a new token, or wait for the answer when it is being asked for already.
 
-        Raises what the function raises, and TimeoutError.
+        Raises what the function raises, TimeoutError, and ValueError for what is no token.
         """
         return await self._flight.join()
 
@@ -82,6 +83,8 @@ class Tokens:
         assert self._source is not None
         async with asyncio.timeout(self._deadline):
             token = await self._source()
+        # Here, or it would be shown again and again, and the function never asked for a better one.
+        check_token(token)
         self.replace(token)
         return token
 

@@ -1210,6 +1210,30 @@ async def test_what_the_function_raises_comes_out_at_first_and_is_borne_later() 
     assert reasons == [DisconnectedError, ZeroDivisionError]
 
 
+@pytest.mark.parametrize("answer", ["<html>", "token\n", None])
+async def test_what_is_no_token_is_not_used_and_the_function_asked_again(answer: Any) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.bye(4401, "token_expired")
+
+    async def last(peer: Peer) -> None:
+        assert peer.socket.request is not None
+        assert peer.socket.request.headers["Authorization"] == "Bearer b"
+        await peer.welcome()
+        await peer.ack(await peer.expect("ping"), ts=1)
+
+    states: list[State] = []
+    async with scripted(script, last) as url:
+        with pytest.raises(ValueError, match="a token "):
+            async with swift(url, token=Source(answer)):
+                pass
+        async with swift(url, token=Source("a", answer, "b"), on_state=states.append) as client:
+            await client.ping()
+
+    reasons = [type(state.why) for state in states if isinstance(state, Waiting)]
+    assert reasons == [DisconnectedError, ValueError]
+
+
 async def test_an_exception_of_the_application_comes_out_as_it_is_however_it_is_made() -> None:
     class OddError(Exception):
         def __init__(self, *, needed: str) -> None:
@@ -1439,15 +1463,14 @@ async def test_a_close_that_is_cancelled_leaves_nothing_behind() -> None:
         coroutines = [repr(task.get_coro()) for task in asyncio.all_tasks()]
         return [name for name in coroutines if "_supervise" in name]
 
-    async with scripted(script) as url:
-        async with connect(url, token="t") as client:
-            assert len(supervisors()) == 1
-            closing = asyncio.create_task(client.close())
-            await asyncio.sleep(0)
-            closing.cancel()
-            await asyncio.gather(closing, return_exceptions=True)
-            left = supervisors()
-            resume.set()
+    async with scripted(script) as url, connect(url, token="t") as client:
+        assert len(supervisors()) == 1
+        closing = asyncio.create_task(client.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        left = supervisors()
+        resume.set()
 
     assert closing.cancelled()
     assert left == []
