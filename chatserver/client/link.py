@@ -54,6 +54,13 @@ class _Socket(ClientConnection):
                 message.headers.clear()
 
 
+class _Dial(websockets_connect):
+    """A token goes where it was sent, and nowhere else."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
 class Link:
     """An open connection that has been welcomed, made by `open`.
 
@@ -156,10 +163,10 @@ def _reason(exc: OSError) -> str:
     return os.strerror(exc.errno or 0) if known else str(exc)
 
 
-def _dial(url: str, token: str, tls: ssl.SSLContext | None) -> websockets_connect:
+def _dial(url: str, token: str, tls: ssl.SSLContext | None) -> _Dial:
     check_token(token)
     parts = urlsplit(url)
-    return websockets_connect(
+    return _Dial(
         url,
         additional_headers={"Authorization": f"Bearer {token}"},
         subprotocols=[Subprotocol("chat.v1")],

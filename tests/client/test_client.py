@@ -83,6 +83,7 @@ async def test_the_token_goes_in_the_header_and_the_welcome_is_kept() -> None:
         (refused(503, "draining", Retry_After="soon"), (503, "draining", "No.", None)),
         (refusal(502, "<html>"), (502, None, "Bad Gateway", None)),
         (refusal(404, '{"error": "no"}'), (404, None, "Not Found", None)),
+        (refusal(307, "", Location="ws://elsewhere/"), (307, None, "Temporary Redirect", None)),
     ],
 )
 async def test_a_refusal_tells_status_code_and_wait(response: Any, expected: Any) -> None:
