@@ -8,12 +8,16 @@ disconnect the others.
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from msgspec import Struct, ValidationError, convert, field
+from msgspec import Meta, Struct, ValidationError, convert, field
 
 T = TypeVar("T")
 Frame = dict[str, Any]
+# Nothing can be done at a rate of none.
+Count = Annotated[int, Meta(ge=1)]
+Rate = Annotated[float, Meta(gt=0)]
+Burst = Annotated[float, Meta(ge=1)]
 
 
 class FrameError(Exception):
@@ -30,13 +34,13 @@ class Position(Struct, frozen=True):
 class Limits(Struct, frozen=True):
     """What this connection may do. ``key_window`` is in milliseconds, rates are per second."""
 
-    frame_bytes: int
+    frame_bytes: Count
     rooms: int
-    send_rate: float
-    send_burst: float
-    command_rate: float
-    command_burst: float
-    key_window: int
+    send_rate: Rate
+    send_burst: Burst
+    command_rate: Rate
+    command_burst: Burst
+    key_window: Count
     history: int
     replay: int
 
@@ -51,7 +55,7 @@ class Welcome(Struct, frozen=True):
     roles: tuple[str, ...]
     ts: int
     expires_at: int
-    ping_interval: int
+    ping_interval: Count
     limits: Limits
 
 

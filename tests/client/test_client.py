@@ -117,6 +117,16 @@ async def test_a_server_that_does_not_begin_with_a_welcome_is_none(say: str) -> 
     assert caught.value.code == 1002
 
 
+@pytest.mark.parametrize(
+    "limits", [{"interval": 0}, {"send_rate": 0}, {"command_burst": 0}, {"key_window": -1}]
+)
+async def test_a_welcome_that_allows_nothing_is_none(limits: dict[str, int]) -> None:
+    async with scripted(*[lambda peer: peer.welcome(**limits)] * 3) as url:
+        with pytest.raises(DisconnectedError, match="malformed 'welcome'"):
+            async with swift(url):
+                pass
+
+
 async def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async def script(peer: Peer) -> None:
         await peer.socket.wait_closed()
