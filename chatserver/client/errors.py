@@ -32,7 +32,8 @@ class RefusedError(ChatError):
     def final(self) -> bool:
         # What does not come from this server is a deployment's: it passes.
         ours = self.code is not None
-        return ours and self.status < 500 and self.status not in (401, 408, 425, 429)
+        # 426 is a proxy's work as well: it kept the request to upgrade for itself.
+        return ours and self.status < 500 and self.status not in (401, 408, 425, 426, 429)
 
     def __str__(self) -> str:
         return f"refused with {self.status} {self.code or 'and no code'}: {self.message}"

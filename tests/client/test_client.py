@@ -151,7 +151,11 @@ async def test_entering_goes_on_trying_as_long_as_the_patience_lasts() -> None:
     async def script(peer: Peer) -> None:
         await peer.welcome()
 
-    refusals = (refused(503, "draining", Retry_After="0"), refusal(502, ""))
+    refusals = (
+        refused(503, "draining", Retry_After="0"),
+        refused(426, "upgrade_required"),
+        refusal(502, ""),
+    )
     async with scripted(*refusals, script) as url, swift(url, patience=20) as client:
         assert client.state == Open("c1")
 
