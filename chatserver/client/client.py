@@ -233,7 +233,7 @@ class Client(Lifeline):
             await self._ask("logout", lambda _: self._finish(None))
         except DisconnectedError as exc:
             # It was done, and the answer lost; or somebody else has done it.
-            if exc.code not in (1000, 4503):
+            if exc.code != 4503:
                 raise
 
     async def ping(self) -> int:

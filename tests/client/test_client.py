@@ -1318,6 +1318,13 @@ async def test_a_logout_ends_the_client_without_a_word() -> None:
         assert [event async for event in room] == []
 
 
+async def test_a_logout_of_a_client_that_was_closed_is_not_said_to_be_done() -> None:
+    async with scripted(Peer.welcome) as url, connect(url, token="t") as client:
+        await client.close()
+        with pytest.raises(DisconnectedError, match="1000"):
+            await client.logout()
+
+
 # The end.
 
 
