@@ -26,6 +26,7 @@ from .flight import Flight
 from .link import LOOPBACK, check_url, default_tls, read_refusal
 
 # A lost answer is given again for 10 s after the trade, five times at most.
+LEEWAY_SECONDS = 10.0
 TRIES = 5
 TRY_SECONDS = 4.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0
@@ -98,7 +99,8 @@ class TokenKeeper:
         return pair.access_token
 
     async def close(self) -> None:
-        """Wait until a trade that is under way has been saved."""
+        """Wait until a trade that is under way has been saved. A client that has it for its
+        ``token`` does so when it is closed."""
         await self._flight.close(cancel=False)
 
     async def _trade(self) -> TokenPair:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from .flight import Flight
+from .keeper import LEEWAY_SECONDS, TokenKeeper
 from .link import check_token
 
 TokenSource = Callable[[], Awaitable[str]]
@@ -118,3 +120,8 @@ class Tokens:
 
     async def close(self) -> None:
         await self._flight.close(cancel=True)
+        if isinstance(self._source, TokenKeeper):
+            # The server has made the trade, perhaps: who loses its answer now loses the session.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEEWAY_SECONDS):
+                    await self._source.close()

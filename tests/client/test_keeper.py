@@ -16,8 +16,10 @@ from chatserver.client import (
     TokenKeeper,
     TokenPair,
     TokenRefusedError,
+    connect,
     keeper,
 )
+from tests.client.scripted import Peer, scripted
 
 HOUR = 3_600_000
 
@@ -206,6 +208,28 @@ async def test_closing_waits_until_a_trade_is_saved() -> None:
         await keep.close()
 
     assert [saved.refresh_token for saved in desk.saved] == ["refresh2"]
+
+
+async def test_a_client_that_is_closed_lets_its_keeper_save_what_it_has_traded_for() -> None:
+    saving, go = asyncio.Event(), asyncio.Event()
+
+    async def save(tokens: TokenPair) -> None:
+        saving.set()
+        await go.wait()
+
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.socket.wait_closed()
+        asyncio.get_running_loop().call_later(0.05, go.set)
+
+    async with office(answer(2)) as desk, scripted(script) as url:
+        keep = TokenKeeper(desk.url, pair(1), save=save)
+        async with connect(url, token=keep) as client:
+            refreshing = asyncio.create_task(client.refresh())
+            await saving.wait()
+        refreshing.cancel()
+
+    assert keep.pair.refresh_token == "refresh2"
 
 
 async def test_nobody_there_is_told_as_that() -> None:
