@@ -34,7 +34,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 4.0
 LEAST_SECONDS = 5.0
 ANSWER_BYTES = 65536
 
-Save = Callable[["TokenPair"], Awaitable[None]]
+Save = Callable[["TokenPair"], Awaitable[None] | None]
 
 
 class TokenPair(msgspec.Struct, frozen=True):
@@ -62,8 +62,9 @@ class TokenPair(msgspec.Struct, frozen=True):
 class TokenKeeper:
     """Gives fresh access tokens of one session: ``connect(url, token=TokenKeeper(…))``.
 
-    ``url`` is the WebSocket's; the tokens are traded on the same host. ``save`` is awaited with
-    each new pair before it is used: keep it durably, and begin with the last one that was saved.
+    ``url`` is the WebSocket's; the tokens are traded on the same host. ``save`` is called,
+    and awaited if there is anything to await, with each new pair before it is used: keep it
+    durably, and begin with the last one that was saved.
     What it raises comes out of the call, and it is called again by the next one.
 
     Calling it raises `TokenRefusedError` when the session is over, from then on without asking:
@@ -106,7 +107,9 @@ class TokenKeeper:
     async def _trade(self) -> TokenPair:
         pair = self._unsaved or await self._insist()
         self._unsaved = pair
-        await self._save(pair)
+        saving = self._save(pair)
+        if saving is not None:
+            await saving
         self.pair, self._unsaved = pair, None
         return pair
 

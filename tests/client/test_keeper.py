@@ -122,6 +122,15 @@ async def test_a_pair_is_saved_before_it_is_used_and_again_when_that_failed() ->
     assert desk.asked == ["refresh1"]
 
 
+async def test_a_plain_function_saves_as_well() -> None:
+    saved: list[TokenPair] = []
+    async with office(answer(2), answer(3)) as desk:
+        keep = TokenKeeper(desk.url, pair(1, left=0), save=saved.append)
+        assert [await keep(), await keep()] == ["access2", "access3"]
+
+    assert [tokens.refresh_token for tokens in saved] == ["refresh2", "refresh3"]
+
+
 @pytest.mark.parametrize(
     "trouble",
     [
