@@ -159,7 +159,8 @@ function openLink({ url, token, WebSocket, fetch, opened, received, lost }) {
   let next = 1;
   let heard = performance.now();
   let asked = heard;
-  let timer = setTimeout(() => end(disconnected("no welcome came in time")), PATIENCE);
+  let timer = later(PATIENCE, () => end(disconnected("no welcome came in time")));
+  let probing;
 
   const disconnected = (reason) => new DisconnectedError(1006, reason);
 
@@ -167,6 +168,7 @@ function openLink({ url, token, WebSocket, fetch, opened, received, lost }) {
     if (over) return;
     over = true;
     clearTimeout(timer);
+    clearTimeout(probing);
     socket.onopen = socket.onmessage = socket.onerror = socket.onclose = () => {};
     socket.close(code);
     lost(error);
@@ -178,7 +180,7 @@ function openLink({ url, token, WebSocket, fetch, opened, received, lost }) {
     const owed = replies.size > 0;
     const due = owed ? Math.max(heard, asked) + PATIENCE : heard + welcome.ping_interval;
     const left = due - performance.now();
-    if (left > 0) timer = setTimeout(watch, left);
+    if (left > 0) timer = later(left, watch);
     else if (owed) end(disconnected("no answer came in time"));
     else call("ping", {}, () => {});
   }
@@ -216,7 +218,7 @@ function openLink({ url, token, WebSocket, fetch, opened, received, lost }) {
     if (frame.type === "bye") {
       end(new DisconnectedError(frame.code, frame.reason, frame.after));
     } else if (welcome === undefined) {
-      if (frame.type !== "welcome") throw new TypeError("no welcome");
+      if (frame.type !== "welcome" || !(frame.ping_interval > 0)) throw new TypeError("no welcome");
       welcome = frame;
       opened(frame);
       if (!over) watch();
@@ -261,7 +263,10 @@ function openLink({ url, token, WebSocket, fetch, opened, received, lost }) {
     probe() {
       const before = heard;
       call("ping", {}, () => {});
-      setTimeout(() => heard === before && end(disconnected("no answer to a probe")), PROBE);
+      probing ??= later(PROBE, () => {
+        probing = undefined;
+        if (heard === before) end(disconnected("no answer to a probe"));
+      });
     },
   };
 }
@@ -739,7 +744,7 @@ export function connect(url, options) {
       else if (!lost && !error.temporary) command.end(error);
       else if (!lost) {
         const wait = error.retry_after ?? jitter(tries++, first, LONGEST_AGAIN);
-        timer = setTimeout(command.go, wait);
+        timer = later(wait, command.go);
       }
     }
     commands.add(command);
@@ -789,10 +794,10 @@ export function connect(url, options) {
         };
         const fields = () => {
           age ??= stopwatch();
-          timer ??= setTimeout(() => {
+          timer ??= later(client.welcome.limits.key_window, () => {
             const error = late();
             if (error !== undefined && !post.command.out) post.command.end(error);
-          }, client.welcome.limits.key_window);
+          });
           return { room: name, key, ...(echo ? {} : { echo }) };
         };
         const settle = (error, position) => {
@@ -1016,11 +1021,14 @@ const jitter = (attempt, first, longest) =>
 const either = (resolve, reject) => (error, value) =>
   error === undefined ? resolve(value) : reject(error);
 
+/** A timer's milliseconds have 31 bits: without this, what is further away would be at once. */
+const later = (ms, work) => setTimeout(work, Math.min(ms, 2 ** 31 - 1));
+
 /** A wait that can be ended early. */
 function doze(ms) {
   const nap = {};
   nap.over = new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
+    const timer = later(ms, resolve);
     nap.end = () => {
       clearTimeout(timer);
       resolve();
@@ -1033,10 +1041,10 @@ async function within(ms, work) {
   const abort = new AbortController();
   let timer;
   const late = new Promise((_, reject) => {
-    timer = setTimeout(() => {
+    timer = later(ms, () => {
       reject(new TimeoutError(`no answer in ${ms} ms`));
       abort.abort();
-    }, ms);
+    });
   });
   try {
     return await Promise.race([work(abort.signal), late]);

@@ -302,6 +302,33 @@ test("what is not the protocol ends the connection, and the client comes back", 
   assert.equal(client.state.name, "open");
 });
 
+test("a welcome without an interval for pings is none: they would not end", async () => {
+  const net = network();
+  connect(net);
+  const socket = await net.arrival();
+  socket.onopen();
+  socket.say("welcome", { user: "alice", ping_interval: 0, limits: LIMITS });
+  await net.arrival(1);
+  assert.deepEqual(socket.heard, []);
+});
+
+test("what is further away than a timer reaches does not come at once", async () => {
+  const far = 2 ** 40;
+  const { net, client, socket } = await inRoom({ deadline: Infinity });
+  const sending = rejects(client.send("general", 1), chat.DisconnectedError);
+  const error = { code: "rate_limited", message: "No.", retry_after: far };
+  socket.say("error", { id: (await socket.expect("send")).id, ...error });
+  const asking = rejects(client.history("general"), chat.DisconnectedError);
+  await socket.expect("history");
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  assert.deepEqual(socket.heard, []);
+  socket.say("bye", { code: 1012, reason: "draining", after: far });
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  assert.equal(net.sockets.length, 1);
+  client.close();
+  await Promise.all([sending, asking]);
+});
+
 test("the network's return ends the wait, but not one that the server asked for", async () => {
   for (const told of [false, true]) {
     const net = network();
