@@ -60,7 +60,7 @@ export class RefusedError extends ChatError {
   get final() {
     const { status, code } = this;
     // What does not come from chatserver is a deployment's: it passes.
-    return code !== undefined && status < 500 && ![401, 408, 425, 429].includes(status);
+    return code !== undefined && status < 500 && ![401, 408, 425, 426, 429].includes(status);
   }
 }
 
@@ -313,7 +313,7 @@ function openRoom(name, { since, last }, bound, enter, commands) {
     },
     send: (body, options) => commands.send(name, body, options),
     history: (options) => commands.history(name, options),
-    leave: () => commands.leave(name),
+    leave: async () => inner.phase === "ended" ? undefined : commands.leave(name),
     [Symbol.asyncIterator]: events,
   };
 
@@ -456,7 +456,11 @@ export function connect(url, options) {
   const address = overWebSocket(url);
   const source = typeof token === "function" ? token : undefined;
   if (source === undefined) checkToken(token);
-  if (WebSocket === undefined) throw new TypeError("There is no WebSocket here: pass one.");
+  if (WebSocket === undefined) {
+    throw new TypeError(
+      "There is no WebSocket here: pass one, or start Node.js 20 with --experimental-websocket.",
+    );
+  }
 
   const rooms = new Map();
   /** Sends by room, oldest first. */

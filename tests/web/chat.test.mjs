@@ -420,6 +420,8 @@ test("joining again, leaving and closing end the iteration; a final code throws"
   await socket.admit(0);
   const second = await joining;
   assert.deepEqual(await first, []);
+  await room.leave(); // It has ended, and the other is none of its business.
+  assert.equal(second.joined, true);
   const leaving = second.leave();
   socket.ack(await socket.expect("leave"), { room: "general" });
   await leaving;
