@@ -224,7 +224,7 @@ class Client(Lifeline):
         try:
             return await self._ask("refresh", self._receive_refreshed, token=token)
         except CommandError:
-            self._tokens.replace(before)
+            self._tokens.withdraw(token, before)
             raise
 
     async def logout(self) -> None:

@@ -99,6 +99,11 @@ class Tokens:
             self._until = float("inf")
         return before
 
+    def withdraw(self, token: str, before: str | None) -> None:
+        """It was refused, so the one ``before`` is in use still, unless a newer one is by now."""
+        if self._token == token:
+            self.replace(before)
+
     def accept(self, left: float, now: float) -> None:
         """The server takes the token; it expires in ``left`` seconds."""
         self._refused, self._strikes = None, 0

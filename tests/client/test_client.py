@@ -24,6 +24,7 @@ from chatserver.client import (
     Message,
     Open,
     Position,
+    Refreshed,
     RefusedError,
     Room,
     State,
@@ -1074,6 +1075,30 @@ async def test_a_new_token_that_is_about_to_expire_is_renewed_though_it_is_said_
 
     async with scripted(script) as url, connect(url, token=Source("a", "b", "c")) as client:
         await renewed(client)
+
+
+async def test_of_two_refreshes_the_one_that_was_taken_counts() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.welcome()
+        refused, taken = await peer.expect("refresh"), await peer.expect("refresh", token="newer")
+        await peer.error(refused, "token_invalid")
+        await peer.ack(taken, expires_at=1_800_000, roles=["member"], left=[])
+        await peer.expect("ping")
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        assert peer.socket.request is not None
+        assert peer.socket.request.headers["Authorization"] == "Bearer newer"
+        await peer.welcome()
+        await peer.ack(await peer.expect("ping"), ts=1)
+
+    async with scripted(first, second) as url, swift(url) as client:
+        outcomes = await asyncio.gather(
+            client.refresh("bad"), client.refresh("newer"), return_exceptions=True
+        )
+        await client.ping()
+
+    assert [type(outcome) for outcome in outcomes] == [CommandError, Refreshed]
 
 
 async def test_a_refresh_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
