@@ -202,9 +202,10 @@ async def _receive_welcome(socket: ClientConnection) -> Welcome:
 def _disconnected(exc: ConnectionClosed, bye: Bye | None) -> DisconnectedError:
     """Say why a connection ended: the close frame counts first, then the bye that announced it."""
     if bye is not None:
-        code = exc.rcvd.code if exc.rcvd else bye.code
+        code = exc.rcvd.code if exc.rcvd and exc.rcvd.code != 1005 else bye.code
         return DisconnectedError(code, bye.reason, bye.after)
-    if exc.rcvd is not None:
+    # 1005 stands for a close frame without a code (RFC 6455 section 7.1.5).
+    if exc.rcvd is not None and exc.rcvd.code != 1005:
         return DisconnectedError(exc.rcvd.code, exc.rcvd.reason)
     # What this side sent last explains it: an oversized frame, a broken one.
     return DisconnectedError(1006, exc.sent.reason if exc.sent else "connection lost")

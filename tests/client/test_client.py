@@ -1396,6 +1396,25 @@ async def test_a_fault_of_our_own_is_not_repeated_for_ever(code: int) -> None:
     assert (caught.value.code, caught.value.reason) == (code, "your fault")
 
 
+async def test_a_close_without_a_code_is_told_as_1006() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.hear()
+        peer.socket.transport.write(b"\x88\x00")
+
+    async def second(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.ack(await peer.expect("ping"), ts=1)
+
+    states: list[State] = []
+    async with scripted(first, second) as url, swift(url, on_state=states.append) as client:
+        await client.ping()
+
+    (waiting,) = [state for state in states if isinstance(state, Waiting)]
+    assert isinstance(waiting.why, DisconnectedError)
+    assert waiting.why.code == 1006
+
+
 async def test_a_goodbye_without_a_close_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     async def cut(peer: Peer) -> None:
         await peer.welcome()
