@@ -101,3 +101,28 @@ def test_the_list_has_a_rule_for_each_case() -> None:
     assert listed.returncode == 0
     assert len(lines) > 50
     assert all(re.fullmatch(r"\w+ +\S.*\.", line) for line in lines)
+
+
+def test_it_sets_up_what_it_needs_in_a_fresh_checkout(tmp_path: Path) -> None:
+    scripts = tmp_path / "scripts"
+    shutil.copytree(ROOT / "scripts" / "conform", scripts / "conform")
+    shutil.copy2(SUITE, scripts)
+    setup = scripts / "setup"
+    setup.write_text(
+        "#!/bin/sh\n"
+        f'cd "{tmp_path}" && mkdir -p .venv/bin\n'
+        f'printf \'#!/bin/sh\\nexec "{sys.executable}" "$@"\\n\' > .venv/bin/python\n'
+        "chmod +x .venv/bin/python\n"
+    )
+    setup.chmod(0o755)
+    done = subprocess.run(
+        [str(scripts / "conformance"), "--list"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": "false"},
+        timeout=SECONDS,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lost_ack" in done.stdout
