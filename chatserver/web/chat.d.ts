@@ -160,6 +160,7 @@ export interface Room extends AsyncIterable<Event> {
   readonly recovered: boolean;
   send(body: unknown, options?: SendOptions): Promise<Position>;
   history(options?: HistoryOptions): Promise<History>;
+  /** Nothing to do for one that has ended: another Room of this name stays. */
   leave(): Promise<void>;
 }
 
@@ -184,7 +185,8 @@ export interface Client {
   watch(watcher: (state: State) => void): () => void;
 
   /** Wait until the room is joined, for as long as the deadline; `leave` gives it up before.
-   *  Joining a room again gives a new Room in the place of the old. */
+   *  Joining a room again gives a new Room in the place of the old; a join that still waits then
+   *  rejects with `ChatError`. */
   join(name: string, options?: JoinOptions): Promise<Room>;
   leave(name: string): Promise<void>;
   /**
