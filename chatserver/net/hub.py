@@ -425,14 +425,20 @@ class Hub:
         if not self.fresh():
             self._answer(connection, effect.ref, _UNAVAILABLE)
             return
-        self._log.publish(
-            effect,
-            connection.id,
-            partial(self._published, connection, effect.ref, time.monotonic()),
+        done = partial(self._published, connection, effect.ref, time.monotonic())
+
+        def wanted() -> bool:
             # What a revoked connection had queued is dropped before it goes out; what somebody
             # sent before saying goodbye is stored, though nobody is left to be told.
-            wanted=lambda: not connection.revoked,
-        )
+            if connection.revoked:
+                return False
+            if not self.fresh():
+                # Stopped in between, this process may not have heard yet who was revoked.
+                asyncio.get_running_loop().call_soon(done, StoreUnavailable("it is out of date"))
+                return False
+            return True
+
+        self._log.publish(effect, connection.id, done, wanted)
 
     def _published(
         self, connection: Connection, ref: int, began: float, reply: Published | StoreUnavailable
@@ -454,7 +460,7 @@ class Hub:
 
         def opened(reading: Reading | StoreUnavailable) -> None:
             if not connection.chat.closed:
-                failed = isinstance(reading, StoreUnavailable)
+                failed = isinstance(reading, StoreUnavailable) or not self.fresh()
                 self._answer_later(connection, effect.ref, _UNAVAILABLE if failed else reading)  # type: ignore[arg-type]
 
         self.fanout.join(effect.room, effect.since, effect.last, opened)
@@ -474,7 +480,7 @@ class Hub:
         ref, after = effect.ref, effect.after
 
         def page(reading: Reading | StoreUnavailable) -> None:
-            if isinstance(reading, StoreUnavailable):
+            if isinstance(reading, StoreUnavailable) or not self.fresh():
                 self._answer_later(connection, ref, _UNAVAILABLE)
                 return
             more = has_more(reading, onwards=after is not None)
