@@ -378,7 +378,7 @@ class Fanout:
         """Tell a member where it is in the log as it was read."""
         connection, name = member.connection, member.room.name
         if not reading.continues(member.position):
-            member.position = reading.nearest(member.position)
+            member.position = member.replayed_to = reading.nearest(member.position)
             measured.resets += 1
             connection.send(frames.reset(name, reading.epoch, member.position))
         elif reading.epoch != member.epoch:

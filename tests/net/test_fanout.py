@@ -312,6 +312,22 @@ async def test_a_replay_shows_the_sender_its_own_whatever_their_echo() -> None:
     assert offsets(sender) == list(range(1, 14))
 
 
+async def test_after_a_reset_nothing_of_the_replay_is_left_to_show() -> None:
+    house = House()
+    for _ in range(3):
+        house.log.append()
+    sender = house.connection("s")
+    house.join(sender, since=Since("e1", 0))
+    house.confirm()
+    house.log.answer_all()
+    house.log.restart_empty("e2")
+    house.publish(origin="s")
+    house.log.answer_all()
+    await settle()
+
+    assert [frame["type"] for frame in seen(sender)] == ["message"] * 3 + ["reset", "skip"]
+
+
 async def test_a_hole_is_filled_from_the_log_before_anything_later() -> None:
     house = House()
     connection = house.joined()
