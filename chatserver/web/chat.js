@@ -30,6 +30,9 @@ const STEADY = 10_000;
 /** An access token that ends sooner is not worth a handshake. */
 const SPENT = 5_000;
 
+/** A token goes where it was sent and nowhere else, and its answer is kept nowhere. */
+const PRIVATELY = { cache: "no-store", credentials: "omit", redirect: "error" };
+
 const OWN_FAULTS = [1002, 1007];
 const OWN_FAULT_TRIES = 3;
 /** A function whose every token is refused has nothing better to give. */
@@ -276,9 +279,7 @@ async function whyRefused(url, token, fetch) {
   try {
     return await within(PATIENCE, async (signal) => {
       const headers = { Authorization: `Bearer ${token}` };
-      const answer = await fetch(overHttp(url), {
-        headers, signal, cache: "no-store", credentials: "omit",
-      });
+      const answer = await fetch(overHttp(url), { ...PRIVATELY, headers, signal });
       return answer.status === 426 ? failed("the handshake failed") : refusal(answer);
     });
   } catch {
@@ -967,7 +968,7 @@ export function tokenKeeper(url, pair, options = {}) {
 
   async function post() {
     const headers = { Authorization: `Bearer ${pair.refresh_token}` };
-    const request = { method: "POST", headers, cache: "no-store", credentials: "omit" };
+    const request = { ...PRIVATELY, method: "POST", headers };
     try {
       return await within(TRADE_PATIENCE, async (signal) => {
         const answer = await fetch(target, { ...request, signal });

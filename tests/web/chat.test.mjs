@@ -647,6 +647,20 @@ test("a lost answer is asked for with the same token, and a refusal for good nev
   assert.deepEqual(presented, Array(3).fill("Bearer refresh-1"));
 });
 
+test("a token goes where it was sent, and follows no redirect", async () => {
+  const told = [];
+  const fetch = async (_, options) => {
+    told.push(options.redirect);
+    throw new TypeError("a redirect");
+  };
+  const net = network();
+  const client = connect(net, { fetch });
+  (await net.arrival()).drop();
+  await until(client, "waiting");
+  await rejects(chat.tokenKeeper(URL_, pair(1, 0), { fetch })(), chat.DisconnectedError);
+  assert.deepEqual([...new Set(told)], ["error"]);
+});
+
 test("a token that is refused for good closes the client", async () => {
   const net = network();
   const token = chat.tokenKeeper(URL_, pair(1, 0), { fetch: async () => refusal(401, "x") });
