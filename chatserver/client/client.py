@@ -77,8 +77,8 @@ async def connect(
     ``on_state`` is called with each new `Client.state`, also while this function waits; it must
     not raise.
 
-    Raises `RefusedError` and `DisconnectedError`, ValueError for a URL or token that is none, and
-    for the first token what the function raises.
+    Raises `RefusedError` and `DisconnectedError`, ValueError for a URL, token or queue that is
+    none, and for the first token what the function raises.
     """
     client = Client(url, token, deadline, patience, queue, Backoff(*backoff), on_state, tls)
     try:
@@ -110,6 +110,9 @@ class Client(Lifeline):
         on_state: Callable[[State], None] | None,
         tls: ssl.SSLContext | None,
     ) -> None:
+        if queue < 1:
+            # Without any space a room would be joined again and again.
+            raise ValueError("a queue has space for one event at least")
         super().__init__(url, token, patience, backoff, on_state, tls)
         self._deadline = deadline
         self._bound = queue

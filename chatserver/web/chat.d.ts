@@ -106,7 +106,7 @@ export interface Options {
    *  what the server asks for goes before it. */
   backoff?: readonly [first: number, longest: number];
   /** Events that wait in each room to be taken. Past that the newest are let go, and read from the
-   *  server's log when the others have been taken. Default: 1024. */
+   *  server's log when the others have been taken. At least 1; default: 1024. */
   queue?: number;
   /** Commands that wait for their answer, unsent messages included. Past that they are rejected
    *  with `OverflowError`. Default: 256. */
@@ -212,8 +212,8 @@ export interface Client {
   close(): void;
 }
 
-/** Connect to `url` (`wss://…/v1/ws`). Returns at once. Throws TypeError for a URL or a token that
- *  can be neither. */
+/** Connect to `url` (`wss://…/v1/ws`). Returns at once. Throws TypeError for a URL, a token or a
+ *  queue that can be none. */
 export function connect(url: string | URL, options: Options): Client;
 
 /** What a login and each trade of a refresh token give. */

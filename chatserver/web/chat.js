@@ -457,6 +457,8 @@ export function connect(url, options) {
   const address = overWebSocket(url);
   const source = typeof token === "function" ? token : undefined;
   if (source === undefined) checkToken(token);
+  // Without any space a room would be joined again and again.
+  if (!(queue >= 1)) throw new TypeError("A queue has space for one event at least.");
   if (WebSocket === undefined) {
     throw new TypeError(
       "There is no WebSocket here: pass one, or start Node.js 20 with --experimental-websocket.",

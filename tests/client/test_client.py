@@ -128,6 +128,12 @@ async def test_a_welcome_that_allows_nothing_is_none(limits: dict[str, int]) -> 
                 pass
 
 
+async def test_a_queue_without_space_is_none() -> None:
+    with pytest.raises(ValueError, match="queue"):
+        async with connect("ws://127.0.0.1:9/", token="t", queue=0):
+            pass
+
+
 async def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async def script(peer: Peer) -> None:
         await peer.socket.wait_closed()

@@ -135,6 +135,7 @@ test("an HTTP URL is understood, and what can be no URL or token is a TypeError"
   for (const [url, token] of [["/v1/ws", "t"], [`${URL_}?a=b`, "t"], [URL_, "a b"], [URL_, ""]]) {
     assert.throws(() => chat.connect(url, { token, WebSocket: net.Socket }), TypeError);
   }
+  assert.throws(() => connect(net, { queue: 0 }), TypeError);
 });
 
 test("states are told in order, with why and until when", async () => {
