@@ -151,7 +151,10 @@ class Lifeline(ABC):
         try:
             self._take_up(connection)
             for count in itertools.count(1):
-                self._receive(connection, parse(await connection.link.receive()))
+                frame = parse(await connection.link.receive())
+                # What comes while it is being closed from here would begin what nobody ends.
+                if self._connection is connection:
+                    self._receive(connection, frame)
                 if count % TURN == 0:
                     await asyncio.sleep(0)
         except FrameError as exc:

@@ -1521,6 +1521,35 @@ async def test_an_exception_of_the_block_comes_out_as_it_is_and_the_connection_i
                 raise ZeroDivisionError
 
 
+def tasks() -> list[str]:
+    """Those of clients."""
+    coroutines = [repr(task.get_coro()) for task in asyncio.all_tasks()]
+    return [name for name in coroutines if "_supervise" in name or "_keep_fresh" in name]
+
+
+async def test_what_comes_while_it_closes_begins_nothing() -> None:
+    closing = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.welcome()
+        ping = await peer.expect("ping")
+        peer.socket.transport.pause_reading()
+        await peer.ack(ping, ts=1)
+        await closing.wait()
+        await peer.say("expiring", expires_at=900_000)
+        peer.socket.transport.resume_reading()
+
+    source = Source("a", "b")
+    async with scripted(script) as url:
+        async with connect(url, token=source) as client:
+            await client.ping()
+            asyncio.get_running_loop().call_soon(closing.set)
+        left = tasks()
+
+    assert left == []
+    assert source.asked == 1
+
+
 async def test_a_close_that_is_cancelled_leaves_nothing_behind() -> None:
     """As when a timeout ends the whole block, and the server has gone silent."""
     resume = asyncio.Event()
@@ -1531,17 +1560,13 @@ async def test_a_close_that_is_cancelled_leaves_nothing_behind() -> None:
         await resume.wait()
         peer.socket.transport.resume_reading()
 
-    def supervisors() -> list[str]:
-        coroutines = [repr(task.get_coro()) for task in asyncio.all_tasks()]
-        return [name for name in coroutines if "_supervise" in name]
-
     async with scripted(script) as url, connect(url, token="t") as client:
-        assert len(supervisors()) == 1
+        assert len(tasks()) == 1
         closing = asyncio.create_task(client.close())
         await asyncio.sleep(0)
         closing.cancel()
         await asyncio.gather(closing, return_exceptions=True)
-        left = supervisors()
+        left = tasks()
         resume.set()
 
     assert closing.cancelled()
