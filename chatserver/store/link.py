@@ -55,6 +55,8 @@ from chatserver.store.topology import (
 ROUND_TRIP_SECONDS = CONNECT_SECONDS
 """A pipeline's deadline. A second one may have to fail before a waiting command is answered,
 and protocol.md promises ``unavailable`` within a second."""
+STILL_SECONDS = 0.05
+"""A loop that comes so late to that deadline stood still, and did not give the store its time."""
 REPLICA_MILLISECONDS = 250
 """How long replicas may take to confirm; within the round trip."""
 LANE_COMMANDS = 20_000
@@ -127,7 +129,7 @@ class Redirected(StoreRefused):
 
 class _RoundTrip:
     """A deadline for the store, as ``asyncio.timeout``, and not for this process: a loop that stood
-    still has as much time again, a round trip at most. The answer may be there, yet to be read."""
+    still has as much time again. The answer may be there, yet to be read."""
 
     __slots__ = ("_look", "_timeout")
 
@@ -140,7 +142,7 @@ class _RoundTrip:
 
     def _fall_due(self, due: float) -> None:
         now = asyncio.get_running_loop().time()
-        self._timeout.reschedule(now + min(now - due, ROUND_TRIP_SECONDS))
+        self._timeout.reschedule(now + (ROUND_TRIP_SECONDS if now > due + STILL_SECONDS else 0.0))
 
     async def __aexit__(
         self,
