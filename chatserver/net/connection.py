@@ -134,6 +134,7 @@ class Connection(asyncio.BufferedProtocol):
         "__weakref__",
         "_early",
         "_fragments",
+        "_head_only",
         "_held",
         "_owner",
         "_severed",
@@ -174,6 +175,7 @@ class Connection(asyncio.BufferedProtocol):
         )
         self._early: Sequence[object] | None = None
         self._fragments: list[bytes] | None = None
+        self._head_only = False
         self._held = b""
         self._severed = False
         self._text = True
@@ -332,6 +334,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def respond(self, response: Response) -> None:
         """Send an answer that ends the connection."""
+        if self._head_only:
+            response.body = b""  # RFC 9110 section 9.3.2
         if not self.transport.is_closing():
             self.transport.resume_reading()  # its end must be noticed
         self._websocket.data_to_send()  # pongs before their time
@@ -348,6 +352,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.pause_reading()
         elif events and isinstance(events[0], Request):
             self._early = events[1:]
+            self._head_only = events[0].method == "HEAD"
             self._owner.requested(self, events[0])
         elif self._websocket.handshake_exc is not None:
             self._refuse_malformed(self._websocket.handshake_exc)

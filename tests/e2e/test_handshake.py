@@ -228,6 +228,18 @@ async def test_it_is_healthy_and_ready(worker: Worker) -> None:
     assert (await http(worker.url, "/healthz", method="POST")).status == 405
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/ws", "/nowhere"])
+async def test_who_asks_for_a_head_gets_no_body(worker: Worker, path: str) -> None:
+    """But all else as it would be with one."""
+    answer = await http(worker.url, path, method="HEAD")
+    whole = await http(worker.url, path)
+
+    assert answer.body == b""
+    assert int(str(answer.header("content-length"))) > 0
+    if path != "/v1/ws":
+        assert answer.headers == whole.headers
+
+
 # --- origins, proxies ----------------------------------------------------------------------
 
 
