@@ -15,7 +15,8 @@ from redis.asyncio.connection import Connection as RedisConnection
 
 from chatserver.core.effects import Publish
 from chatserver.core.errors import StoreUnavailable
-from chatserver.store.link import READ, ROUND_TRIP_SECONDS, Lane, Store, Subscription, understood
+from chatserver.store import link
+from chatserver.store.link import READ, Lane, Store, Subscription, understood
 from chatserver.store.log import RoomLog, channel
 from chatserver.store.topology import Argument, packed
 from tests.support.proxy import Proxy
@@ -213,7 +214,9 @@ async def test_a_frozen_store_is_unavailable_soon_and_the_lane_recovers(
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_a_process_that_stood_still_does_not_take_it_for_the_stores_silence(
-    own_valkey: Valkey, run: Callable[[Coroutine[Any, Any, None]], None]
+    own_valkey: Valkey,
+    run: Callable[[Coroutine[Any, Any, None]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The answer came meanwhile, or comes soon, for the store stood still as well; when the process
     goes on, the deadline is what it hears of first."""
@@ -222,11 +225,15 @@ def test_a_process_that_stood_still_does_not_take_it_for_the_stores_silence(
         running = Running()
         lane = running.lane(own_valkey.url)
         try:
-            await lane.call(["PING"])
-            for answered in (0.25, 1.75):
-                asked = submitted(lane, "DEBUG", "SLEEP", answered * ROUND_TRIP_SECONDS)
-                await eventually(lambda: not lane._queue)
-                time.sleep(1.25 * ROUND_TRIP_SECONDS)  # noqa: ASYNC251  As if it was not running.
+            for answered in (0.1, 0.4):
+                await lane.call(["PING"])
+                with monkeypatch.context() as brief:
+                    brief.setattr(link, "ROUND_TRIP_SECONDS", 0.2)
+                    asked = submitted(lane, "DEBUG", "SLEEP", answered)
+                    while lane._queue:
+                        await asyncio.sleep(0)
+                    time.sleep(0.3)  # noqa: ASYNC251  As if it was not running.
+                monkeypatch.setattr(link, "ROUND_TRIP_SECONDS", PATIENCE)
                 assert await asked == b"OK"
         finally:
             await end(running.tasks)
