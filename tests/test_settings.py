@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
@@ -307,7 +306,6 @@ def test_production_is_content_with_a_secret_tls_origins_and_a_store(tls: dict[s
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40)
 
 
-@hypothesis_settings(deadline=None)
 @given(
     secret=TEXT,
     issuer=TEXT,

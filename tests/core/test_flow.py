@@ -5,7 +5,7 @@ from collections import deque
 from itertools import count
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chatserver.core.flow import (
@@ -82,7 +82,6 @@ def test_a_clock_that_steps_back_takes_no_budget_away() -> None:
     assert budget.spend(41.0) == 0.0
 
 
-@settings(deadline=None)
 @given(
     rate=st.floats(0.1, 100.0),
     burst=st.integers(1, 50),
@@ -104,7 +103,6 @@ def test_no_stretch_of_time_gets_more_than_burst_and_rate(
             assert last - first + 1 <= burst + rate * (end - begin) + 1e-6
 
 
-@settings(deadline=None)
 @given(
     rate=st.floats(0.1, 100.0),
     burst=st.integers(1, 50),

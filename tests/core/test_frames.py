@@ -695,19 +695,19 @@ def mutated(draw: st.DrawFn) -> bytes:
     return raw
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_are_a_command_or_refused(data: bytes) -> None:
     check(data)
 
 
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=600)
 @given(mutated())
 def test_any_mutation_of_a_command_is_a_command_or_refused(data: bytes) -> None:
     check(data)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     JSON,
     st.sampled_from([(",", ":"), (" , ", " : "), (",\n", ":\t")]),
@@ -738,7 +738,7 @@ def towers(draw: st.DrawFn) -> bytes:
     return raw
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(towers())
 def test_depth_is_judged_by_the_bytes(raw: bytes) -> None:
     if levels_of(raw) <= BODY_DEPTH:

@@ -580,7 +580,7 @@ TARGETS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.builds(
         Request,

@@ -1335,7 +1335,7 @@ class Shell:
                     self.refusals.append(code)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(STEPS, max_size=60), st.data())
 def test_every_command_gets_exactly_one_reply_in_the_order_sent(
     steps: list[tuple[str, Any]], data: st.DataObject

@@ -212,7 +212,7 @@ def test_a_log_trimmed_to_nothing_still_has_its_position() -> None:
     assert recover(state(9, 0), since=Since("e1", 7), last=None, replay=9) == (9, False, (8, 9))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     top=st.integers(0, 60),
     retained=st.integers(0, 60),
@@ -710,5 +710,5 @@ class FeedMachine(RuleBasedStateMachine):
         assert self.position == (self.log.epoch, self.log.top)
 
 
-FeedMachine.TestCase.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+FeedMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestFeedAgainstAModel = FeedMachine.TestCase

@@ -268,5 +268,5 @@ class Rotation(RuleBasedStateMachine):
         assert 0 <= self.family.replays <= 5
 
 
-Rotation.TestCase.settings = settings(deadline=None, max_examples=200, stateful_step_count=40)
+Rotation.TestCase.settings = settings(max_examples=200, stateful_step_count=40)
 TestRotation = Rotation.TestCase

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chatserver.core.claims import CLOCK_SKEW, MAX_LIFETIME, Identity
@@ -148,7 +148,6 @@ IDENTITIES = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(REVOCATIONS, max_size=8), IDENTITIES)
 def test_a_list_covers_what_any_of_its_revocations_covers(
     revocations: list[Revocation], bearer: Identity
@@ -158,7 +157,6 @@ def test_a_list_covers_what_any_of_its_revocations_covers(
     assert covered == any(revocation.covers(bearer) for revocation in revocations)
 
 
-@settings(deadline=None)
 @given(st.lists(REVOCATIONS, max_size=8), st.integers(NOW - 1, NOW + 6))
 def test_forgetting_drops_what_is_past_and_nothing_else(
     revocations: list[Revocation], now: int

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chatserver.core.claims import Identity
@@ -698,10 +698,8 @@ documents = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
-unhurried = settings(deadline=None)
 
 
-@unhurried
 @given(
     user=ids,
     session=ids,
@@ -744,19 +742,16 @@ def test_what_was_issued_is_what_is_verified(
     )
 
 
-@unhurried
 @given(st.text())
 def test_any_text_is_refused(text: str) -> None:
     assert refusal(text) is INVALID
 
 
-@unhurried
 @given(st.lists(st.text(ALPHABET + "=+/ "), max_size=5))
 def test_any_segments_are_refused(segments: list[str]) -> None:
     assert refusal(".".join(segments)) is INVALID
 
 
-@unhurried
 @given(header=documents | st.binary(), claims=documents | st.binary())
 def test_any_well_signed_text_is_refused(header: object, claims: object) -> None:
     def text(part: object) -> str | bytes:
@@ -765,14 +760,12 @@ def test_any_well_signed_text_is_refused(header: object, claims: object) -> None
     assert refusal(sign(text(header), text(claims))) is INVALID
 
 
-@unhurried
 @given(name=st.sampled_from(sorted(HEADER)), value=documents)
 def test_any_other_value_of_a_header_member_is_refused(name: str, value: object) -> None:
     if value != HEADER[name]:
         assert refusal(forge(header={**HEADER, name: value})) is INVALID
 
 
-@unhurried
 @given(name=st.sampled_from([*CLAIMS, "nbf", "rooms"]), value=documents)
 def test_any_value_of_a_claim_is_refused_or_well_formed(name: str, value: object) -> None:
     try:
