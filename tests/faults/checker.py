@@ -112,7 +112,8 @@ def _has(segment: Segment, sent: Sent) -> bool:
     event = segment.got.get(sent.offset)
     if event is None:
         return False
-    return event.key == sent.key or (event.kind == "skip" and sent.sender == segment.member)
+    skipped = event.kind == "skip" and sent.sender == segment.member and not sent.echo
+    return event.key == sent.key or skipped
 
 
 def no_duplicate(story: Story) -> Violations:
@@ -266,7 +267,8 @@ def _unread(story: Story, event: Received) -> bool:
 
 
 def authorization(story: Story) -> Violations:
-    """8. A room is seen by those who are in it and may be, and written to by those who may."""
+    """8. A room is seen by those who are in it and may be, and written to by those who may; who
+    wants no echo gets none."""
     for trail in story.trails.values():
         for event in trail.strays:
             yield Violation(Invariant.AUTHORIZATION, f"{_place(event)} to {trail.member} outside")
@@ -284,6 +286,25 @@ def authorization(story: Story) -> Violations:
             yield Violation(
                 Invariant.AUTHORIZATION, f"{sent.sender} may not write to {sent.room}, and did"
             )
+    for event in _echoes(story):
+        yield Violation(
+            Invariant.AUTHORIZATION, f"{_place(event)} to {event.member}, who sent it without echo"
+        )
+
+
+def _echoes(story: Story) -> Iterator[Received]:
+    """What a connection was shown that had sent it with ``echo`` false, beside a join's replay."""
+    joins: dict[tuple[str, str], list[Joined]] = defaultdict(list)
+    for joined in story.joins:
+        joins[joined.connection, joined.room].append(joined)
+    for event in story.received:
+        sent = story.sends.get((event.room, event.key))
+        if event.kind == "skip" or sent is None or sent.echo or sent.duplicate:
+            continue
+        if sent.outcome == "ok" and sent.connection == event.connection:
+            before = [each for each in joins[event.connection, event.room] if each.at <= event.at]
+            if before and event.offset > before[-1].offset:
+                yield event
 
 
 def _may(story: Story, right: str, connection: str, room: str) -> bool:

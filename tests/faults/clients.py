@@ -103,6 +103,7 @@ class Send:
     attempt: int = 0
     unanswered: bool = False
     """An attempt may have been stored."""
+    echo: bool = True
 
 
 @dataclass
@@ -619,7 +620,7 @@ class Client:
         if len(self._outbox) >= OUTBOX:
             return False
         key = str(uuid.UUID(int=self._random.getrandbits(128), version=4))
-        sends = [Send(room, key, next(self._sequence)) for room in rooms]
+        sends = [Send(room, key, next(self._sequence), echo=echo) for room in rooms]
         self._outbox.append(Post(sends, echo, stubborn, "x" * padding))
         self._pump()
         return True
@@ -726,6 +727,7 @@ class Client:
                 offset=ack.get("offset", 0),
                 duplicate=ack.get("duplicate", False),
                 code=code,
+                echo=send.echo,
             )
         )
 

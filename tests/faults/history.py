@@ -141,7 +141,8 @@ class Sent(_Record):
     ``failed``: every attempt was refused for good. ``unknown``: one at least was not answered, or
     was ``unavailable``, and no repetition was acked. ``connection`` and ``attempt`` are of the
     attempt that was answered: attempts count up on each connection, in the order sent. ``began``
-    is the first attempt's time, ``tried`` that one's.
+    is the first attempt's time, ``tried`` that one's. Without ``echo`` that connection is not to be
+    shown it, but in the replay of a join.
     """
 
     sender: str
@@ -157,6 +158,7 @@ class Sent(_Record):
     offset: int = 0
     duplicate: bool = False
     code: str = ""
+    echo: bool = True
 
 
 class Fault(_Record):

@@ -49,6 +49,7 @@ class Member:
         self.joined = False
         self.epoch = ""
         self.position = 0
+        self.replayed_to = 0
         self.known = False
 
 
@@ -125,7 +126,7 @@ class Chat:
         )
         member.joined = member.known = True
         member.epoch = self.epoch
-        member.position = asked.offset if asked else top
+        member.position, member.replayed_to = asked.offset if asked else top, top
         self.deliver(member)
 
     def join_with_a_gap(self, member: Member, last: int = 1) -> None:
@@ -150,6 +151,7 @@ class Chat:
             )
         )
         member.joined, member.epoch, member.position = True, self.epoch, start
+        member.replayed_to = top
         self.deliver(member)
 
     def disconnect(self, member: Member, code: int = 1006) -> None:
@@ -158,7 +160,9 @@ class Chat:
             member.joined = False
             self.add(Closed(at=self.later(), member=member.name, connection=connection, code=code))
 
-    def publish(self, member: Member, outcome: str = "ok", *, stored: bool = True) -> None:
+    def publish(
+        self, member: Member, outcome: str = "ok", *, stored: bool = True, echo: bool = True
+    ) -> None:
         if not member.connection:
             return
         self.sequence += 1
@@ -176,6 +180,7 @@ class Chat:
             tried=began,
             connection=member.connection,
             attempt=member.attempts,
+            echo=echo,
         )
         if outcome == "ok":
             sent.epoch, sent.offset = self.epoch, len(self.log) + 1
@@ -191,6 +196,8 @@ class Chat:
         for offset in range(member.position + 1, len(self.log) + 1):
             sent = self.log[offset - 1]
             at = self.later(0.001)
+            own = sent.connection == member.connection and not sent.echo
+            skipped = own and offset > member.replayed_to
             self.add(
                 Received(
                     at=at,
@@ -199,8 +206,9 @@ class Chat:
                     room=ROOM,
                     epoch=member.epoch,
                     offset=offset,
-                    key=sent.key,
-                    ts=int(sent.at * 1000),
+                    kind="skip" if skipped else "message",
+                    key="" if skipped else sent.key,
+                    ts=0 if skipped else int(sent.at * 1000),
                 )
             )
         member.position = len(self.log)
@@ -228,7 +236,7 @@ class Chat:
         self.log = []
         for member in self.members:
             if member.joined:
-                member.epoch, member.position = self.epoch, 0
+                member.epoch, member.position, member.replayed_to = self.epoch, 0, 0
                 self.add(
                     Reset(
                         at=self.later(),
@@ -614,6 +622,23 @@ def test_a_message_is_accepted_from_somebody_who_may_not_write() -> None:
     assert found(records) == {Invariant.AUTHORIZATION}
 
 
+def test_a_message_is_shown_to_its_sender_that_wants_no_echo() -> None:
+    records = a_run(lambda chat: chat.publish(chat.members[1], echo=False))
+    [sent] = where(records, Sent, echo=False)
+    place = received(records, 11)
+    assert the(Received, records[place]).kind == "skip"
+    amend(records, place, kind="message", key=the(Sent, records[sent]).key)
+
+    assert found(records) == {Invariant.AUTHORIZATION}
+
+
+def test_a_sender_that_wants_an_echo_gets_none() -> None:
+    records = a_run()
+    amend(records, received(records, 2), kind="skip", key="")
+
+    assert found(records) == {Invariant.NO_LOSS}
+
+
 @pytest.mark.parametrize("name", ["store_killed", "store_frozen"])
 def test_an_ack_while_the_store_was_down(name: str) -> None:
     def down(chat: Chat) -> None:
@@ -673,6 +698,7 @@ def test_everything_excusable_is_excused() -> None:
         chat.publish(one, "unknown")
         chat.publish(two, "unknown", stored=False)
         chat.publish(three, "failed")
+        chat.publish(one, echo=False)
         chat.disconnect(one)
         chat.fork()
         chat.publish(two)
@@ -708,6 +734,7 @@ ACTS: list[Callable[[Chat, Member], None]] = [
     lambda chat, member: chat.publish(member),
     lambda chat, member: chat.publish(member),
     lambda chat, member: chat.publish(member),
+    lambda chat, member: chat.publish(member, echo=False),
     lambda chat, member: chat.publish(member, "unknown"),
     lambda chat, member: chat.publish(member, "unknown", stored=False),
     lambda chat, member: chat.publish(member, "failed"),
