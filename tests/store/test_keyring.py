@@ -611,6 +611,13 @@ def test_a_token_may_be_as_long_as_the_limit_and_no_longer() -> None:
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
+@pytest.mark.parametrize("levels", [64, 500, 900])
+def test_a_claim_of_no_meaning_that_is_nested_too_deep_is_refused(levels: int) -> None:
+    """As deep as Python's own reader may or may not go: the answer is the same on every version."""
+    assert refusal(with_claim("x", "[" * levels + "]" * levels)) is INVALID
+    assert KEYRING.verify(with_claim("x", "[" * 63 + "]" * 63), now=NOW) == ALICE
+
+
 @pytest.mark.parametrize(
     "token",
     [
