@@ -64,10 +64,11 @@ def trusting() -> ssl.SSLContext:
 
 async def test_many_connect_and_talk_over_tls(secure: Worker, issuer: Issuer, room: str) -> None:
     url = secure.url.replace("ws:", "wss:")
+    context = trusting()  # One for all: it takes longer to make than a handshake.
 
     async def visit(number: int) -> tuple[str, int | None]:
         token = issuer.token(f"user {number}", session=f"{room} {number}")
-        async with await Client.connect(url, token, ssl=trusting()) as client:
+        async with await Client.connect(url, token, ssl=context) as client:
             await client.join(room)
             ack = await client.ask("logout")
             _, code = await client.until_closed()
