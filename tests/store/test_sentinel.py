@@ -238,7 +238,8 @@ async def witnesses() -> AsyncIterator[list[Witness]]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Witnesses are in this process: when it is held up, they are no later than who asks them."""
-    monkeypatch.setattr(topology, "SENTINEL_SECONDS", 2.0)
+    monkeypatch.setattr(topology, "SENTINEL_SECONDS", 5.0)
+    monkeypatch.setattr(topology, "CONNECT_SECONDS", 5.0)
 
 
 async def found_by(*witnesses: Witness, login: str = "") -> int:
