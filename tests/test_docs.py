@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from chatserver.core import errors
 from chatserver.core.claims import MAX_LIFETIME
 from chatserver.core.session import REVOCATION_SECONDS, STALE_SECONDS, Kind
 from chatserver.exposition import describe
@@ -86,6 +87,23 @@ def test_the_times_of_the_contract_are_those_that_are_kept() -> None:
     assert f"by itself {REVOCATION_SECONDS} s after the revocation" in text
     assert f"not seen the list for {STALE_SECONDS:g} s refuses" in text
     assert f"after {CONFIRM_SECONDS:g} s at most" in text
+
+
+def test_every_refusal_and_every_error_is_on_the_page_of_the_wire() -> None:
+    listed, statuses = set(), ""
+    rows = re.findall(r"^\| ([\d, ]*)\| (`\w+`(?:, `\w+`)*) \|", page("protocol.md"), re.MULTILINE)
+    for status, codes in rows:
+        statuses = status.strip() or statuses
+        listed |= {
+            (int(each), code) for each in statuses.split(",") for code in re.findall(r"\w+", codes)
+        }
+    refusals = [*vars(errors).values(), *errors.TOKEN_REFUSALS.values()]
+
+    for refusal in refusals:
+        if isinstance(refusal, errors.Refusal):
+            assert (refusal.status, refusal.code) in listed
+    for code in errors.ReplyCode:
+        assert re.search(rf"^\| .*`{code.value}`.* \| .*\|$", page("protocol.md"), re.MULTILINE)
 
 
 def test_the_house_has_every_module() -> None:
