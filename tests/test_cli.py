@@ -21,7 +21,7 @@ import pytest
 import structlog
 from click.testing import CliRunner, Result
 
-from chatserver import cli, supervisor
+from chatserver import __version__, cli, supervisor
 from chatserver.cli import check, serve
 from chatserver.core.session import Kind
 from chatserver.settings import COMMAND, development_secret, load, variable
@@ -112,6 +112,12 @@ def test_help_has_an_example_and_stays_as_it_was_written(run: Run, words: str) -
 
     assert result.exit_code == 0
     assert re.search(r"^  Examples?:\n    chatserver ", result.stdout, re.MULTILINE)
+
+
+def test_the_version_is_told(run: Run) -> None:
+    result = run("--version")
+
+    assert (result.exit_code, result.stdout) == (0, f"chatserver {__version__}\n")
 
 
 def test_the_help_lists_every_exit_code(run: Run) -> None:

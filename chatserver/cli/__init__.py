@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from chatserver import telemetry
+from chatserver import __version__, telemetry
 from chatserver.cli import chat, check, serve, sessions, tokens
 from chatserver.cli.complaints import complain
 from chatserver.core.errors import StoreUnavailable
@@ -61,6 +61,7 @@ class Commands(click.Group):
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """A real-time WebSocket chat server."""
     telemetry.configure("critical")  # The short commands speak for themselves.
