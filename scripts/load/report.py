@@ -109,11 +109,11 @@ def verdict_line(verdict: Verdict) -> str:
 
 def describe(options: Options) -> str:
     """What was done, in a line."""
-    parts = [f"{options.clients:,} clients"]
+    parts = [_count(options.clients, "client")]
     if options.rooms:
-        parts.append(f"{options.rooms:,} rooms")
+        parts.append(_count(options.rooms, "room"))
     if options.publishers:
-        parts.append(f"{options.publishers:,} publishers")
+        parts.append(_count(options.publishers, "publisher"))
         parts.append(
             f"{options.window} in flight each"
             if options.window
@@ -123,8 +123,13 @@ def describe(options: Options) -> str:
         parts.append(f"{options.rate:g} actions/s")
     if options.scenario in ("reconnect", "revoke", "slow"):
         parts.append(f"a share of {options.share:.0%}")
-    parts.append(f"{options.duration:g} s, from {options.processes} processes")
+    processes = _count(options.processes, "process", "es")
+    parts.append(f"{options.duration:g} s, from {processes}")
     return ", ".join(parts) + f"; {options.url}"
+
+
+def _count(number: int, what: str, ending: str = "s") -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else ending)
 
 
 def latency_rows(results: Results) -> list[list[str]]:

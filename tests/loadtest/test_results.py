@@ -62,6 +62,16 @@ def test_processes_add_up_second_by_second() -> None:
     assert found.value("sends_per_second") == 30
 
 
+def test_one_of_a_kind_is_said_as_one() -> None:
+    many = parse(("fanout", "--clients", "1000", "--rooms", "2", "--processes", "2"))
+    one = parse(("fanout", "--clients", "1", "--publishers", "1", "--processes", "1"))
+
+    assert report.describe(many).startswith("1,000 clients, 2 rooms, 2 publishers, ")
+    assert ", from 2 processes; " in report.describe(many)
+    assert report.describe(one).startswith("1 client, 1 room, 1 publisher, ")
+    assert ", from 1 process; " in report.describe(one)
+
+
 def test_a_rate_is_of_the_load_and_not_of_the_ramp() -> None:
     found = results(
         sample(1, phase="ramp", counts={"connects": 50}),
