@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark import memory, servers
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 4 * float(os.environ.get("TEST_PATIENCE", "15"))
@@ -130,6 +131,16 @@ def test_the_page_keeps_all_but_the_table(run: Run) -> None:
 
 def test_the_committed_picture_is_well_formed() -> None:
     ET.parse(ROOT / "docs" / "performance.svg")
+
+
+def test_a_server_whose_core_others_had_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "WARM_SOCKETS", 10)
+    shares = servers.Usage.shares
+    monkeypatch.setattr(servers.Usage, "shares", lambda usage: shares(usage) | {"disturbed": 0.42})
+
+    result = memory.run(0.1, 50)
+
+    assert result["notes"] == ["handshake and join: other processes had the server's core for 42%"]
 
 
 def test_an_interrupt_leaves_no_process_behind() -> None:

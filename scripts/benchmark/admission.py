@@ -17,7 +17,7 @@ from typing import Any
 from chatserver.settings import Settings
 
 from . import report, wire
-from .servers import Rig, Usage
+from .servers import Rig, Usage, bottleneck
 
 ABOUT = "thousands of handshakes at once, and what the others notice"
 SOCKETS = NEWCOMERS = 10_000
@@ -226,7 +226,8 @@ def run(seconds: float, newcomers: int | None) -> dict[str, object]:
         for client in clients:
             client.close()
     more = {"newcomers": count, "rate": rate, "quiet": quiet, "storm": disturbed}
-    return result | more | {"cpu": shares, "notes": []}
+    found = bottleneck("storm", shares)
+    return result | more | {"cpu": shares, "notes": [found] if found else []}
 
 
 def table(result: dict[str, Any]) -> report.Table:

@@ -11,7 +11,7 @@ from typing import Any
 from chatserver.settings import Settings
 
 from . import report, wire
-from .servers import Rig, Usage, cpu_seconds
+from .servers import Rig, Usage, bottleneck, cpu_seconds
 
 ABOUT = "CPU of sockets that only answer pings"
 SOCKETS = 15_000
@@ -44,6 +44,8 @@ def run(seconds: float, sockets: int | None) -> dict[str, object]:
         for client in clients:
             client.close()
     notes = [] if sockets == asked else [f"only {sockets:,} sockets: the descriptor limit"]
+    if found := bottleneck("pings", shares):
+        notes.append(found)
     return {
         "sockets": sockets,
         "interval": interval,

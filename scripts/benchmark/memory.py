@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from . import report, wire
-from .servers import Rig, Usage
+from .servers import Rig, Usage, bottleneck
 
 ABOUT = "per idle socket"
 SOCKETS = 15_000
@@ -43,6 +43,8 @@ def run(seconds: float, sockets: int | None, *, compressed: bool = False) -> dic
         for client in warm + clients:
             client.close()
     notes = [] if sockets == asked else [f"only {sockets:,} sockets: the descriptor limit"]
+    if found := bottleneck("handshake and join", shares):
+        notes.append(found)
     return {
         "sockets": sockets,
         "kilobytes": (after - before) / sockets / 1024,
