@@ -422,6 +422,8 @@ class Latency(NamedTuple):
     p99: float
 
     def __str__(self) -> str:
+        if not self.deliveries:
+            return "no delivery"
         return f"p50 {self.p50:.1f} ms, p99 {self.p99:.1f} ms ({self.deliveries})"
 
 

@@ -854,4 +854,6 @@ def test_the_report_counts() -> None:
     assert (report.epochs, report.resets, report.faults) == (3, 0, {"links_slow": 1})
     latencies = (report.before, report.calm, report.faulty)
     assert [latency.deliveries for latency in latencies] == [30, 30, 3]
+    assert str(report.before) == "p50 12.0 ms, p99 13.0 ms (30)"
+    assert str(Report.of([]).before) == "no delivery"
     assert "21: 20 ok, 1 unknown" in str(report)
