@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,10 @@ from chatserver.metrics import ABOUT
 from chatserver.store import keys
 from chatserver.store.keyring import Keyring
 from chatserver.store.revocations import CONFIRM_SECONDS
+from tests.support.client import Client
+from tests.support.server import KEY, Server
+from tests.support.tokens import Issuer
+from tests.support.valkey import Valkey
 
 DOCS = Path(__file__).parents[1] / "docs"
 PATIENCE = float(os.environ.get("TEST_PATIENCE", "15"))
@@ -104,6 +109,36 @@ def test_every_refusal_and_every_error_is_on_the_page_of_the_wire() -> None:
             assert (refusal.status, refusal.code) in listed
     for code in errors.ReplyCode:
         assert re.search(rf"^\| .*`{code.value}`.* \| .*\|$", page("protocol.md"), re.MULTILINE)
+
+
+async def test_the_user_of_the_page_may_do_in_the_store_all_that_the_server_does(
+    own_valkey: Valkey, issuer: Issuer, tmp_path: Path, room: str
+) -> None:
+    (words,) = re.findall(
+        r"\$ redis-cli (ACL SETUSER chatserver on .*)$", page("reliability.md"), re.M
+    )
+    assert own_valkey.command(*shlex.split(words)) == b"+OK"
+    store = own_valkey.url.replace("//", "//chatserver:password@", 1)
+    server = Server(tmp_path / "log", issuer, REDIS_URL=store, CONTROL_KEY=KEY, WORKERS=2)
+    try:
+        pair = server.ask("POST", "/v1/tokens", {"user": "alice"}).body
+        session = f"/v1/sessions/{pair['session']}"
+        async with await Client.connect(server.url, pair["access_token"]) as client:
+            await client.join(room)
+            await client.publish(room, "hello")
+            await client.ask("history", room=room)
+            replies = [
+                server.ask("PATCH", session, {"roles": ["guest"]}),
+                server.ask("GET", "/v1/sessions?user=alice"),
+                server.ask("GET", "/v1/rooms"),
+                server.ask("POST", f"/v1/rooms/{room}/messages", {"user": "bot", "body": 1}),
+                server.ask("POST", "/v1/revocations", {"user": "alice"}),
+            ]
+    finally:
+        server.stop()
+
+    assert [reply.status for reply in replies] == [200, 200, 200, 201, 200]
+    assert own_valkey.command("ACL", "LOG") == b"*0"
 
 
 def test_the_house_has_every_module() -> None:
