@@ -703,6 +703,7 @@ def test_check_is_content_with_a_good_configuration_and_store(run: Run, valkey: 
     assert result.exit_code == 0
     assert "The configuration is good for development." in result.stdout
     assert re.search(r"The store answers: version \d+\.\d+.*, noeviction", result.stdout)
+    assert result.stderr == ""
 
 
 def test_check_is_loud_about_a_store_that_evicts(run: Run, own_valkey: Valkey) -> None:
@@ -713,6 +714,15 @@ def test_check_is_loud_about_a_store_that_evicts(run: Run, own_valkey: Valkey) -
     assert result.exit_code == 78
     assert "THE STORE MAY FORGET" in result.stderr
     assert "allkeys-lru" in result.stderr
+
+
+def test_check_advises_a_store_that_keeps_what_it_has(run: Run, own_valkey: Valkey) -> None:
+    own_valkey.command("CONFIG", "SET", "appendonly", "no")
+
+    result = run("check", redis_url=own_valkey.url)
+
+    assert result.exit_code == 0
+    assert "Set appendonly to yes" in result.stderr
 
 
 def test_check_says_that_a_store_is_too_old() -> None:

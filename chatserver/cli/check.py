@@ -60,6 +60,12 @@ async def _check_store(settings: Settings) -> int:
         raise ConfigurationError(wrong)
     about = f"version {found['version']}, {found['policy']}, {found['place']}"
     click.echo(f"The store answers: {about}.")
+    if found["file"] == "0":
+        complain(
+            "The store writes no append-only file: what it has acknowledged since its snapshot "
+            "is gone when its process ends, revocations too. Set appendonly to yes (CONFIG SET "
+            "appendonly yes, and in its configuration)."
+        )
     return EXIT_OK
 
 

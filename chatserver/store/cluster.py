@@ -497,11 +497,13 @@ class ClusterStore(Store):
         await self._cluster.run()
 
     async def describe(self) -> dict[str, str]:
-        """As of one server: the oldest version, and the policy of the first that may forget."""
+        """As of one server: the oldest version, and the policy and file of one that may forget."""
         assert isinstance(self._own, ClusterLane)
         nodes = [self._own.node(address) for address in self._cluster.primaries()]
         found = await asyncio.gather(*(self._about(node.call) for node in nodes))
         found.sort(key=lambda about: [int(n) for n in about["version"].split(".") if n.isdigit()])
         policies = [about["policy"] for about in found]
         policy = next((each for each in policies if each != "noeviction"), "noeviction")
-        return found[0] | {"policy": policy, "wanted": "cluster", "place": str(self._cluster)}
+        file = min(about["file"] for about in found)
+        whole = {"policy": policy, "file": file, "wanted": "cluster", "place": str(self._cluster)}
+        return found[0] | whole

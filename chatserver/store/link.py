@@ -571,8 +571,8 @@ class Store:
         return await self._own.call(command)
 
     async def describe(self) -> dict[str, str]:
-        """Its ``version``, its ``policy`` when memory runs out, its ``mode`` and the one that is
-        ``wanted``, and ``place``: what was found."""
+        """Its ``version``, its ``policy`` when memory runs out, ``file`` 1 if it writes one,
+        its ``mode`` and the one that is ``wanted``, and ``place``: what was found."""
         about = await self._about(self.call)
         return about | {"wanted": "standalone", "place": str(self._place)}
 
@@ -580,8 +580,9 @@ class Store:
         info = _fields(await call(["INFO", "server"]))
         version = info.get("valkey_version") or info.get("redis_version", "unknown")
         policy = _fields(await call(["INFO", "memory"])).get("maxmemory_policy", "unknown")
+        file = _fields(await call(["INFO", "persistence"])).get("aof_enabled", "unknown")
         mode = info.get("server_mode") or info.get("redis_mode", "standalone")
-        return {"version": version, "policy": policy, "mode": mode}
+        return {"version": version, "policy": policy, "file": file, "mode": mode}
 
 
 def _fields(info: bytes) -> dict[str, str]:
