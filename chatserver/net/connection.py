@@ -257,6 +257,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._websocket.receive_eof()
+        if self.phase is Phase.HANDSHAKE:
+            # The answer to its request may come before the transport says that it is closed.
+            self.phase = Phase.CLOSING
         return False  # the transport closes
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from contextlib import AsyncExitStack
 
@@ -585,6 +586,26 @@ async def test_whoever_hangs_up_lets_those_behind_move_up(
 
     async with await Client.connect(worker.url, issuer.token(user)) as newcomer:
         await newcomer.ping()
+
+
+async def test_who_hangs_up_just_before_the_refusal_ends_nobody_else(
+    start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str
+) -> None:
+    """The worker hears of both in one turn of its loop: the store's answer, and the hanging up."""
+    worker = start_worker(own_valkey, user_connections=1)
+    async with await Client.connect(worker.url, issuer.token(user)) as client:
+        own_valkey.freeze()
+        async with AsyncExitStack() as sockets:
+            await _asking(sockets, worker, issuer.token(user, session="another"))
+            # It has been asked for at the store when a later command has been answered twice.
+            await client.ping()
+            await client.ping()
+            worker.signal(signal.SIGSTOP)
+            own_valkey.thaw()
+            own_valkey.command("PING")
+        worker.signal(signal.SIGCONT)
+        await client.ping()
+        await client.ping()
 
 
 async def test_what_is_sent_while_waiting_is_answered_afterwards(
