@@ -325,6 +325,7 @@ class Connection(asyncio.BufferedProtocol):
         self._websocket.state = WebSocketState.OPEN
         self.phase = Phase.OPEN
         self.write(data)
+        self.flush()  # A farewell in the same turn would take the place of what is still held.
         self._relay()  # pongs before their time
 
     def begin(self) -> None:
