@@ -303,7 +303,7 @@ class Hub:
         batch, rest = connections[:RENEW_BATCH], connections[RENEW_BATCH:]
         for connection in batch:
             if connection.id in self._connections:
-                self._registry.renew(self._entry(connection, connection.chat.identity))
+                self.superseding.renew(self._entry(connection, connection.chat.identity))
         if rest:
             asyncio.get_running_loop().call_later(RENEW_SECONDS, self._renew, rest)
 
@@ -391,7 +391,7 @@ class Hub:
             case Identify(identity):
                 measured.refreshes.count(ACCEPTED)
                 connection.serve_until(identity.expires_at)
-                self._registry.renew(self._entry(connection, identity))
+                self.superseding.renew(self._entry(connection, identity))
                 self._reschedule(connection)
             case Withhold():
                 self.fanout.hold_back(connection)

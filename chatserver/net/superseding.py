@@ -7,7 +7,7 @@ ask again. So a user never has more connections than allowed. Those who wait on 
 the same session ask one after the other, for they would only name the same one.
 
 What pub/sub loses costs the answer of one worker; or a connection is not told that it has lost its
-place, and is one too many for as long as it lasts.
+place, and is one too many until that shows: with its next token at the latest.
 """
 
 from __future__ import annotations
@@ -70,17 +70,27 @@ class Superseding:
         self._registry = registry
         self._worker = worker
         self._house = house
+        self._coming: dict[str, bool] = {}
+        """Connections that are being registered, and whether they keep the place that they get."""
         self._lines: dict[str, deque[_Newcomer]] = {}
         """By session: who waits until the one before has its answer."""
         self._questions: dict[str, _Question] = {}
 
     def register(self, entry: Entry, done: Registered) -> None:
         """As ``Registry.register``, but at the cap another connection of the session has to go."""
-        newcomer = _Newcomer(entry, done)
+
+        def settled(outcome: Full | StoreUnavailable | None) -> None:
+            if not self._coming.pop(entry.connection) and outcome is None:
+                self.register(entry, done)  # Another has it by now; this one tries again.
+            else:
+                done(outcome)
+
+        self._coming[entry.connection] = True
+        newcomer = _Newcomer(entry, settled)
 
         def registered(outcome: Full | StoreUnavailable | None) -> None:
             if not isinstance(outcome, Full):
-                done(outcome)
+                settled(outcome)
             elif entry.session in self._lines:
                 self._lines[entry.session].append(newcomer)
             else:
@@ -88,6 +98,15 @@ class Superseding:
                 self._make_room(newcomer, outcome, TRIES)
 
         self._registry.register(entry, registered)
+
+    def renew(self, entry: Entry) -> None:
+        """Say again that this connection is there, or end it: one of its session has its place."""
+
+        def renewed(outcome: Full | StoreUnavailable | None) -> None:
+            if isinstance(outcome, Full):
+                self._house.supersede(entry.connection)
+
+        self._registry.renew(entry, renewed)
 
     def _make_room(self, newcomer: _Newcomer, full: Full, tries: int) -> None:
         session = newcomer.entry.session
@@ -122,9 +141,15 @@ class Superseding:
 
     def _end(self, other: Entry) -> None:
         if other.worker == self._worker:
-            self._house.supersede(other.connection)
+            self._supersede(other.connection)
         else:
             self._registry.say(f"supersede {other.worker} {other.connection}")
+
+    def _supersede(self, connection: str) -> None:
+        if connection in self._coming:
+            self._coming[connection] = False
+        else:
+            self._house.supersede(connection)
 
     # Questions between workers.
 
@@ -150,7 +175,7 @@ class Superseding:
                 if _MICROSECONDS.fullmatch(microseconds):
                     self._answer(ticket, worker, Heard(int(microseconds), connection))
             case ["supersede", worker, connection] if worker == self._worker:
-                self._house.supersede(connection)
+                self._supersede(connection)
             case _:
                 pass
 

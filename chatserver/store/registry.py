@@ -59,14 +59,31 @@ class Registry:
         ``instead_of``: another of the user's, which gives up its place if it still has one.
         """
 
-        def parse(reply: Reply) -> Full | None:
-            done, *flat = reply
-            return None if done == 1 else Full(_entries(entry.user, flat))
-
         def answer(registered: Full | StoreUnavailable | None) -> None:
             if isinstance(registered, StoreUnavailable):
                 self.unregister(entry)  # it may have happened
             done(registered)
+
+        self._submit(entry, answer, instead_of=instead_of)
+
+    def renew(self, entry: Entry, done: Registered) -> None:
+        """Say again that this connection is there, whatever the number of others.
+
+        ``done(Full)``: it is not, for one of its session has its place.
+        """
+        self._submit(entry, done, again=True)
+
+    def _submit(
+        self,
+        entry: Entry,
+        done: Registered,
+        *,
+        instead_of: Entry | None = None,
+        again: bool = False,
+    ) -> None:
+        def parse(reply: Reply) -> Full | None:
+            done, *flat = reply
+            return None if done == 1 else Full(_entries(entry.user, flat))
 
         self._lane.submit(
             REGISTER.command(
@@ -79,17 +96,11 @@ class Registry:
                     LEASE_MILLISECONDS,
                     ENTRY_SECONDS,
                     _field(instead_of) if instead_of else "",
+                    int(again),
                 ],
             ),
-            understood(parse, answer),
+            understood(parse, done),
         )
-
-    def renew(self, entry: Entry) -> None:
-        """Say again that this connection is there, whatever the number of others."""
-        name, value = _field(entry), f"{entry.since} {entry.address or '-'} {entry.session}"
-        key = keys.connections(entry.user)
-        self._lane.submit(["HSET", key, name, value], _ignore)
-        self._lane.submit(["EXPIRE", key, ENTRY_SECONDS], _ignore)
 
     def unregister(self, entry: Entry) -> None:
         self._remove(entry.user, _field(entry))
@@ -140,4 +151,4 @@ def _entries(user: str, flat: list[bytes]) -> list[Entry]:
 
 
 def _ignore(reply: Reply | StoreUnavailable) -> None:
-    """What is lost here is said again with the next token."""
+    """What is lost here shows later."""

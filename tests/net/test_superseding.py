@@ -34,6 +34,9 @@ class Script(Registry):
         self.asked.append((entry.connection, instead_of and instead_of.connection))
         self._waiting[entry.connection] = done
 
+    def renew(self, entry: Entry, done: Registered) -> None:
+        self._waiting[entry.connection] = done
+
     def answer(self, outcome: Outcome, connection: str = "new") -> None:
         self._waiting.pop(connection)(outcome)
 
@@ -214,6 +217,45 @@ async def test_who_is_told_to_end_a_connection_ends_it() -> None:
     worker.hear("supersede w2 c-2_x")
 
     assert worker.ended == ["c-1_x"]
+
+
+async def test_who_loses_its_place_before_it_has_it_asks_for_another() -> None:
+    """It has one in the store, and this worker has yet to read so."""
+    worker = Worker(s=Heard(3000, "old"))
+    worker.register(entry("new"))
+    worker.hear("supersede w1 new")
+    worker.store.answer(None)
+    before = dict(worker.outcomes)
+    worker.store.answer(None)
+
+    assert worker.store.asked == [("new", None), ("new", None)]
+    assert (before, worker.outcomes) == ({}, {"new": None})
+    assert worker.ended == []
+
+
+async def test_who_loses_its_place_and_is_refused_asks_for_no_other() -> None:
+    worker = Worker()
+    worker.register(entry("new"))
+    worker.hear("supersede w1 new")
+    away = StoreUnavailable("away")
+    worker.store.answer(away)
+
+    assert worker.store.asked == [("new", None)]
+    assert worker.outcomes == {"new": away}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ended"),
+    [(Full([entry("other")]), ["c"]), (None, []), (StoreUnavailable("away"), [])],
+)
+async def test_who_has_lost_its_place_and_was_not_told_ends_with_its_next_token(
+    outcome: Outcome, ended: list[str]
+) -> None:
+    worker = Worker()
+    worker.superseding.renew(entry("c"))
+    worker.store.answer(outcome, "c")
+
+    assert worker.ended == ended
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ class Desk:
         self.registry.register(entry, future.set_result, instead_of=instead_of)
         return await future
 
+    async def renew(self, entry: Entry) -> Full | StoreUnavailable | None:
+        future: asyncio.Future[Full | StoreUnavailable | None]
+        future = asyncio.get_running_loop().create_future()
+        self.registry.renew(entry, future.set_result)
+        return await future
+
     async def lease(self, *, ago: int = -60_000) -> None:
         """As the mirror does with each look, so many milliseconds ago; or to come, for one that
         lives throughout a test."""
@@ -206,16 +212,42 @@ async def test_connections_are_listed_in_a_settled_order(desks: Desks, user: str
 
 
 async def test_what_is_renewed_is_there_again_whatever_the_cap(desks: Desks, user: str) -> None:
+    """That others came meanwhile, it is not to blame for."""
     desk = await desks.open(most=1)
-    entries = [desk.entry(user, f"c{n}") for n in range(3)]
+    entries = [desk.entry(user, f"c{n}", f"s {n}") for n in range(3)]
     desks.valkey.command("FLUSHALL")
     await desk.lease()
-    for entry in entries:
-        desk.registry.renew(entry)
 
+    assert [await desk.renew(entry) for entry in entries] == [None] * 3
     assert await desk.listed(user) == entries
     left = await desk.lane.call(["TTL", keys.connections(user)])
     assert 1_790 <= left <= 1_800
+
+
+async def test_who_has_its_place_is_renewed_in_a_full_house(desks: Desks, user: str) -> None:
+    desk = await desks.open(most=2)
+    entries = [desk.entry(user, f"c{n}") for n in range(2)]
+    for entry in entries:
+        await desk.register(entry)
+
+    assert [await desk.renew(entry) for entry in entries] == [None, None]
+    assert await desk.listed(user) == entries
+
+
+async def test_who_has_lost_its_place_to_one_of_its_session_is_told_so(
+    desks: Desks, user: str
+) -> None:
+    """And gets another when there is one."""
+    desk = await desks.open(most=1)
+    first, second = desk.entry(user, "c1"), desk.entry(user, "c2")
+    await desk.register(first)
+    await desk.register(second, instead_of=first)
+    without = await desk.renew(first)
+    desk.registry.unregister(second)
+
+    assert without == Full([second])
+    assert await desk.renew(first) is None
+    assert await desk.listed(user) == [first]
 
 
 async def test_what_nobody_renews_ends_by_itself(desks: Desks, user: str) -> None:
@@ -301,7 +333,7 @@ async def test_the_lease_of_a_mirror_is_what_makes_entries_count(
     house = await street.open()
     desk = await desks.open()
     entry = desk.entry(user)._replace(worker=house.name)
-    desk.registry.renew(entry)
+    await desk.renew(entry)
     with_lease = await desk.listed(user)
     await house.stop_following()
     await house.mirror.resign()

@@ -1,4 +1,4 @@
--- Register a connection of a user, if there may be one more.
+-- Register a connection of a user, if there may be one more; or again, if it has its place still.
 --
 -- KEYS  1 connections  chat:{auth}:user:<user>, hash: "<worker>/<connection>" ->
 --                      "<since, ms> <address> <session>"
@@ -7,6 +7,7 @@
 --       4 connections that a user may have; 5 milliseconds that a lease lasts
 --       6 seconds that a registration lasts (a connection's is renewed with its token)
 --       7 field of one that gives up its place if it is there, or ''
+--       8 "1": again. Without a place it gets another, unless one of its session is there
 -- reply {1} if it is registered, or {0, field, value ...}: all that stand in its way
 local function register()
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
@@ -14,6 +15,9 @@ local function register()
   return {1}
 end
 
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then
+  return register()
+end
 if ARGV[7] ~= '' and redis.call('HDEL', KEYS[1], ARGV[7]) == 1 then
   return register()
 end
@@ -39,6 +43,15 @@ for i = 1, #all, 2 do
   end
 end
 if (#left - 1) / 2 < tonumber(ARGV[4]) then
+  return register()
+end
+if ARGV[8] == '1' then
+  for i = 3, #left, 2 do
+    if string.match(left[i], '^%S+ %S+ (.*)$') == ARGV[3] then
+      return left
+    end
+  end
+  -- Its worker was taken for dead, and others came meanwhile: nobody has taken its place.
   return register()
 end
 return left
