@@ -352,11 +352,19 @@ class Listener:
         self, newcomer: Newcomer, identity: Identity, outcome: Full | StoreUnavailable | None
     ) -> None:
         """The store has answered."""
+        self._registering -= 1
+        try:
+            self._conclude(newcomer, identity, outcome)
+        except Exception:  # A bug of ours, met by one newcomer: it must not end the lane.
+            log.exception("handshake failed")
+            newcomer.connection.abort()
+
+    def _conclude(
+        self, newcomer: Newcomer, identity: Identity, outcome: Full | StoreUnavailable | None
+    ) -> None:
         if outcome is None:
             self._admit(newcomer, identity)
-            return
-        self._registering -= 1
-        if newcomer.connection.phase is Phase.HANDSHAKE:
+        elif newcomer.connection.phase is Phase.HANDSHAKE:
             full = isinstance(outcome, Full)
             refusal = errors.TOO_MANY_CONNECTIONS if full else errors.UNAVAILABLE
             self._refuse(newcomer.connection, refusal, newcomer.attempt.origin)
@@ -364,7 +372,6 @@ class Listener:
     def _admit(self, newcomer: Newcomer, identity: Identity) -> None:
         """It is registered; the world may be another since its token was verified."""
         connection, request, attempt, accepted = newcomer
-        self._registering -= 1
         if connection.phase is not Phase.HANDSHAKE:
             self._hub.unregister(connection, identity)
             return

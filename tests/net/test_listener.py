@@ -12,18 +12,32 @@ from websockets.http11 import Request
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.handshake import Attempt, Policy
 from chatserver.net import listener
-from chatserver.net.connection import Phase
+from chatserver.net.connection import Accepted, Phase
 from chatserver.net.listener import Listener, Newcomer
+from chatserver.store.registry import Registered
 from tests.support.worker import eventually
 
 
 class Hub:
-    """Meets a bug of its own with the first token, and knows nothing of the others."""
+    """Meets a bug of its own with two of the tokens, and knows nothing of the others."""
+
+    def __init__(self) -> None:
+        self.registered: Registered | None = None
+
+    def __len__(self) -> int:
+        return 0
 
     def verify(self, token: str) -> None:
         if token == "t0":
             raise RuntimeError("a bug")
-        raise StoreUnavailable("away")
+        if token != "registered":
+            raise StoreUnavailable("away")
+
+    def register(self, _: object, identity: None, address: str, done: Registered) -> None:
+        self.registered = done
+
+    def vouch(self, identity: None) -> None:
+        raise RuntimeError("a bug")
 
     def fresh(self) -> bool:
         return True
@@ -50,9 +64,9 @@ class Waiting:
         self.answers.append(response)
 
 
-def door(*, rate: float = 100) -> Listener:
+def door(*, rate: float = 100, hub: Hub | None = None) -> Listener:
     return Listener(
-        Hub(),  # type: ignore[arg-type]
+        Hub() if hub is None else hub,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         Policy(),
         frame_bytes=1024,
@@ -83,6 +97,20 @@ async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
     assert [answer.status_code for answer in second.answers] == [503]
     assert first.answers == []
     assert [str(context["exception"]) for context in seen] == ["a bug"]
+
+
+async def test_a_bug_met_when_the_store_has_answered_is_none_of_the_lanes() -> None:
+    hub, waiting = Hub(), Waiting()
+    house = door(hub=hub)
+    attempt = Attempt("registered", "192.0.2.1", None, True, None)
+    accepted = Accepted("key", None)
+    house._queue_up(Newcomer(waiting, None, attempt, accepted))  # type: ignore[arg-type]
+    await eventually(lambda: hub.registered)
+    assert hub.registered is not None
+    hub.registered(None)
+
+    assert waiting.aborted
+    assert house._registering == 0
 
 
 async def test_when_the_host_goes_nobody_waits_for_a_turn_any_more() -> None:
