@@ -254,6 +254,7 @@ class Fanout:
         member.standing = Standing.GONE
         self._retry.discard(member)
         self._forgo(member.room)
+        self._relieve(connection)
 
     def leave_all(self, connection: Connection) -> None:
         for name in list(connection.memberships):
@@ -295,6 +296,14 @@ class Fanout:
         for member in list(connection.memberships.values()):
             if member.standing is Standing.BEHIND:
                 self._advance(member)
+        self._relieve(connection)
+
+    def _relieve(self, connection: Connection) -> None:
+        """It lags no longer once it reads, and nothing is held back from it."""
+        if connection.lagging_since is None or connection.writing_paused:
+            return
+        if all(member.standing is Standing.LIVE for member in connection.memberships.values()):
+            connection.lagging_since = None
 
     def _advance(self, member: Member) -> None:
         """Bring a member that is behind one step further."""
@@ -363,11 +372,7 @@ class Fanout:
         member.room.live[member] = None
         member.room.part()
         self._caught_up(member.room)
-        connection = member.connection
-        if connection.lagging_since is not None and all(
-            other.standing is Standing.LIVE for other in connection.memberships.values()
-        ):
-            connection.lagging_since = None
+        self._relieve(member.connection)
 
     def _caught_up(self, room: Room) -> None:
         room.behind -= 1

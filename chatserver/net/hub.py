@@ -261,8 +261,6 @@ class Hub:
         self._reschedule(connection)
 
     def drained(self, connection: Connection) -> None:
-        if not connection.memberships:
-            connection.lagging_since = None
         self.fanout.catch_up(connection)
 
     def disconnect(self, connection: Connection, why: Disconnect) -> None:

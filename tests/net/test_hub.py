@@ -125,3 +125,24 @@ async def test_what_was_read_is_not_shown_by_a_process_that_has_heard_nothing(co
     house.log.answer()
 
     assert await house.heard() == [("error", "unavailable")]
+
+
+async def test_whoever_leaves_the_only_room_that_is_behind_lags_no_longer() -> None:
+    """Nothing is held back from it any more: counted on, that would end it as a slow consumer."""
+    house = House()
+    house.say(type="join")
+    house.hub.fanout.confirm(channel(ROOM))
+    house.log.answer()
+    house.client.writing_paused = True
+    house.hub.stalled(house.client)
+    missed = b'{"type":"message","room":"general","offset":2,"body":"missed"}'
+    house.hub.fanout.receive_live(channel(ROOM), b"e1 2 - " + missed)
+    await settle()
+    house.client.memberships[ROOM].room.recent.clear()
+    house.client.writing_paused = False
+    house.hub.drained(house.client)
+    assert house.client.lagging_since is not None
+
+    house.say(type="leave")
+
+    assert house.client.lagging_since is None
