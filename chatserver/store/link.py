@@ -62,8 +62,9 @@ REPLICA_MILLISECONDS = 250
 LANE_COMMANDS = 20_000
 """A lane's bound; a command beyond it is unavailable at once."""
 PING_SECONDS = 1.0
-DEAF_SECONDS = 3.0
-"""A subscription that hears not even a pong for so long is connected anew."""
+DEAF_PINGS = 3
+"""A subscription that has heard nothing since so many pings is connected anew. Not since so many
+seconds: a process that stood still for them has yet to read what came meanwhile."""
 
 Reply = Any
 """What redis-py makes of a RESP2 reply: bytes, int, None, lists of these."""
@@ -405,7 +406,9 @@ class Subscription:
         """Channels to subscribe (True) or unsubscribe (False) with the next write."""
         self._unconfirmed: dict[str, int] = {}
         self._changed = asyncio.Event()
-        self._heard_at = 0.0
+        self._connected = False
+        self._unheard = 0
+        """Pings since anything was heard."""
 
     def subscribe(self, channel: str) -> None:
         self._channels.add(channel)
@@ -427,8 +430,7 @@ class Subscription:
                     await self._listen()
                 except (RedisError, OSError, TimeoutError, StoreRefused):
                     measured.store_failures[SUBSCRIPTION] += 1
-                    connected = self._heard_at > 0
-                    wait = shortest if connected else min(longest, wait * 2)
+                    wait = shortest if self._connected else min(longest, wait * 2)
                 self._place.lost()
                 await self._connection.disconnect(nowait=True)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
@@ -436,10 +438,10 @@ class Subscription:
             await self._connection.disconnect(nowait=True)
 
     async def _listen(self) -> None:
-        self._heard_at = 0.0
+        self._connected = False
         async with _RoundTrip():
             await self._place.connect(self._connection)
-        self._heard_at = asyncio.get_running_loop().time()
+        self._connected, self._unheard = True, 0
         self._unconfirmed.clear()
         self._unsent = dict.fromkeys(self._channels, True)
         self._changed.set()
@@ -464,8 +466,9 @@ class Subscription:
                 async with asyncio.timeout_at(ping_at):
                     await self._changed.wait()
             except TimeoutError:
-                if loop.time() - self._heard_at > DEAF_SECONDS:
+                if self._unheard >= DEAF_PINGS:
                     raise
+                self._unheard += 1
                 await self._send(["PING"])
                 ping_at = loop.time() + PING_SECONDS
             self._changed.clear()
@@ -486,7 +489,6 @@ class Subscription:
                 await send(self._connection, commands)
 
     async def _read(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             # A burst that is buffered already comes without a pause: let the loop have one.
             for _ in range(256):
@@ -494,8 +496,8 @@ class Subscription:
                     reply = await receive(self._connection, seconds=math.inf)
                 except ResponseError as error:
                     reply = _refusal(error)
+                self._unheard = 0
                 self._receive(reply)
-            self._heard_at = loop.time()
             await asyncio.sleep(0)
 
     def _receive(self, reply: Reply) -> None:
@@ -506,8 +508,8 @@ class Subscription:
                 self._confirm(channel.decode(errors="replace"))
             case StoreRefused():
                 raise reply
-            case _:  # b"unsubscribe" and b"pong"
-                self._heard_at = asyncio.get_running_loop().time()
+            case _:
+                pass  # b"unsubscribe" and b"pong"
 
     def _confirm(self, channel: str) -> None:
         # With an unsubscribe between two subscribes, only the last confirmation is the state.

@@ -518,6 +518,32 @@ async def test_a_subscription_that_hears_nothing_any_more_connects_anew(
     await eventually(lambda: heard.confirmed.count("a") == 2)
 
 
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_subscription_that_stood_still_does_not_take_it_for_the_stores_silence(
+    valkey: Valkey,
+    run: Callable[[Coroutine[Any, Any, None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was said meanwhile is there to be read; connected anew, it would be lost."""
+    monkeypatch.setattr(link, "PING_SECONDS", 0.1)
+
+    async def main() -> None:
+        running = Running()
+        heard, name = running.subscription(valkey.url), unique("channel")
+        try:
+            heard.subscription.subscribe(name)
+            await eventually(lambda: heard.confirmed)
+            for said in range(1, 4):
+                valkey.command("PUBLISH", name, "said meanwhile")
+                time.sleep(0.5)  # noqa: ASYNC251  As if it was not running.
+                await eventually(lambda: len(heard.messages) == said)  # noqa: B023
+            assert heard.confirmed == [name]
+        finally:
+            await end(running.tasks)
+
+    run(main())
+
+
 # --- bytes that change on the way ----------------------------------------------------------
 
 
