@@ -529,6 +529,12 @@ class Hub:
     # Time.
 
     def _handle_timer(self, connection: Connection) -> None:
+        try:
+            self._look_after(connection)
+        except Exception:  # noqa: BLE001 (see _fail)
+            self._fail(connection)
+
+    def _look_after(self, connection: Connection) -> None:
         now = asyncio.get_running_loop().time()
         if connection.phase is not Phase.OPEN or connection.due_at > now:
             return  # of no interest any more, or scheduled anew since

@@ -357,6 +357,7 @@ class Listener:
             self._conclude(newcomer, identity, outcome)
         except Exception:  # A bug of ours, met by one newcomer: it must not end the lane.
             log.exception("handshake failed")
+            self._hub.unregister(newcomer.connection, identity)
             newcomer.connection.abort()
 
     def _conclude(

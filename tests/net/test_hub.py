@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from chatserver.core.claims import Identity
 from chatserver.core.effects import Publish, Published
 from chatserver.core.errors import StoreUnavailable
 from chatserver.core.flow import Limits
+from chatserver.core.protocol import ChatProtocol
 from chatserver.core.room import Event, Reading
 from chatserver.net.connection import Connection, Phase
 from chatserver.net.hub import Hub
@@ -146,3 +148,18 @@ async def test_whoever_leaves_the_only_room_that_is_behind_lags_no_longer() -> N
     house.say(type="leave")
 
     assert house.client.lagging_since is None
+
+
+async def test_a_bug_met_by_one_connection_does_not_stop_the_timer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pings and the expiry of all the others hang on it."""
+    house = House()
+    failed: list[Connection] = []
+    monkeypatch.setattr(house.hub, "_fail", failed.append)
+    monkeypatch.setattr(ChatProtocol, "handle_timer", lambda chat, now: 1 // 0)
+
+    house.client.due_at = 0.0
+    house.hub.wheel.sweep(asyncio.get_running_loop().time() + 3600)
+
+    assert failed == [house.client]

@@ -23,6 +23,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.registered: Registered | None = None
+        self.unregistered: list[object] = []
 
     def __len__(self) -> int:
         return 0
@@ -38,6 +39,9 @@ class Hub:
 
     def vouch(self, identity: None) -> None:
         raise RuntimeError("a bug")
+
+    def unregister(self, connection: object, identity: None) -> None:
+        self.unregistered.append(connection)
 
     def fresh(self) -> bool:
         return True
@@ -110,6 +114,7 @@ async def test_a_bug_met_when_the_store_has_answered_is_none_of_the_lanes() -> N
     hub.registered(None)
 
     assert waiting.aborted
+    assert hub.unregistered == [waiting]
     assert house._registering == 0
 
 
