@@ -1083,6 +1083,23 @@ async def test_a_new_token_that_is_about_to_expire_is_renewed_though_it_is_said_
         await renewed(client)
 
 
+async def test_after_a_refresh_that_was_refused_the_token_before_goes_on() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.error(await peer.expect("refresh", token="bad"), "token_invalid")
+        await peer.expect("ping")
+        peer.socket.transport.abort()
+
+    async def second(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.ack(await peer.expect("ping"), ts=1)
+
+    async with scripted(first, with_token("t", second)) as url, swift(url, token="t") as client:
+        with pytest.raises(CommandError):
+            await client.refresh("bad")
+        await client.ping()
+
+
 async def test_of_two_refreshes_the_one_that_was_taken_counts() -> None:
     async def first(peer: Peer) -> None:
         await peer.welcome()

@@ -535,6 +535,23 @@ async def test_in_a_large_room_a_sender_sees_a_skip_where_it_wants_no_echo() -> 
     assert all(offsets(member) == [1, 2, 3, 4] for member in others)
 
 
+async def test_in_a_large_room_whoever_is_ahead_of_the_others_sees_nothing_twice() -> None:
+    house = House()
+    members = [house.joined(f"m{i}") for i in range(UNISON_LEAST)]
+    known = [house.log.append() for _ in range(5)]
+    ahead = house.connection("ahead")
+    house.join(ahead)
+    house.log.answer_all()
+    for event in known:
+        house.hear(event)
+        await settle()
+    house.publish()
+    await settle()
+
+    assert offsets(ahead) == [6]
+    assert all(offsets(member) == [1, 2, 3, 4, 5, 6] for member in members)
+
+
 async def test_in_a_large_room_nothing_is_delivered_to_whoever_has_left() -> None:
     house = House()
     members = await in_unison(house, UNISON_LEAST + 1)

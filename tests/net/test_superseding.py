@@ -191,6 +191,18 @@ async def test_newcomers_of_one_session_take_their_places_one_after_the_other() 
     assert worker.outcomes == {"other": None, "first": None, "second": None}
 
 
+async def test_who_comes_when_all_have_their_places_waits_for_nobody() -> None:
+    worker = Worker(s=Heard(1, "a"))
+    worker.meet("first", entry("a"))
+    worker.store.answer(None, "first")
+    worker.heard["s"] = Heard(2, "first")
+    worker.meet("second", entry("first"))
+    worker.store.answer(None, "second")
+
+    assert worker.ended == ["a", "first"]
+    assert worker.outcomes == {"first": None, "second": None}
+
+
 async def test_a_store_that_is_away_stops_nobody_behind() -> None:
     worker = Worker(s=Heard(1, "a"))
     worker.meet("first", entry("a"))
