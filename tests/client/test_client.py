@@ -1419,6 +1419,20 @@ async def test_a_fault_of_our_own_is_not_repeated_for_ever(code: int) -> None:
     assert (caught.value.code, caught.value.reason) == (code, "your fault")
 
 
+async def test_a_close_without_a_code_is_told_with_the_byes() -> None:
+    async def first(peer: Peer) -> None:
+        await peer.welcome()
+        await peer.hear()
+        await peer.say("bye", code=4503, reason="session_revoked")
+        peer.socket.transport.write(b"\x88\x00")
+
+    async with scripted(first) as url, swift(url) as client:
+        with pytest.raises(DisconnectedError) as caught:
+            await client.ping()
+
+    assert caught.value.code == 4503
+
+
 async def test_a_close_without_a_code_is_told_as_1006() -> None:
     async def first(peer: Peer) -> None:
         await peer.welcome()

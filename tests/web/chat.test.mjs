@@ -173,6 +173,11 @@ test("a failed handshake is asked about over HTTP: 426 means that the token is g
   assert.deepEqual(asked, [["http://chat.example/v1/ws", "Bearer t0"]]);
 });
 
+test("a handshake that a proxy refuses with a 426 is no refusal for good", () => {
+  const finals = [400, 426].map((status) => new chat.RefusedError(status, "no").final);
+  assert.deepEqual(finals, [true, false]);
+});
+
 test("a refusal for good closes the client with the reason", async () => {
   const net = network();
   const client = connect(net, {
