@@ -519,8 +519,9 @@ class Fanout:
             if left <= 0:
                 break
             left -= self._write(room, left)
-            if room.targets is None and not room.pending:
-                self._dirty.pop(room, None)
+            self._dirty.pop(room, None)
+            if room.targets is not None or room.pending:
+                self._dirty[room] = None  # Behind the others: the next turn is theirs.
 
     def _write_out(self, room: Room) -> None:
         """Everything pending, to everyone, now."""

@@ -8,6 +8,7 @@ import random
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -622,6 +623,39 @@ async def test_a_huge_room_goes_on_in_unison_in_the_next_iteration() -> None:
     await settle()
     assert len(room.unison) == WRITES_PER_ITERATION // UNISON_MOST + 2
     assert all(offsets(member) == [1, 2, 3, 4] for member in members)
+
+
+async def test_a_huge_room_that_is_never_silent_gives_the_others_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chatserver.net.fanout.WRITES_PER_ITERATION", UNISON_LEAST)
+    house = House()
+
+    def members(room: str, many: int) -> list[Connection]:
+        found = [house.connection(f"{room}{i}") for i in range(many)]
+        for each in found:
+            admit = partial(house.fanout.admit, each, room, 0)
+            house.fanout.join(room, None, 0, admit)
+        house.fanout.confirm(channel(room))
+        return found
+
+    def say(room: str, offset: int) -> None:
+        house.fanout.receive_live(
+            channel(room), b'e1 %d - {"type":"message","offset":%d}' % (offset, offset)
+        )
+
+    empty = Reading("e1", 0, 1, 0, [])
+    monkeypatch.setattr(house.log, "read", lambda room, done, **asked: done(empty))
+    busy, other = members("busy", 2 * UNISON_LEAST - 1), members("other", UNISON_LEAST)
+    say("busy", 1)
+    say("other", 1)
+    for offset in range(2, 5):
+        await asyncio.sleep(0)
+        say("busy", offset)
+
+    assert all(offsets(member) == [1] for member in other)
+    await settle()
+    assert all(offsets(member) == [1, 2, 3, 4] for member in busy)
 
 
 @pytest.mark.parametrize("place", [0, -1])
