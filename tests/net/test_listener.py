@@ -93,7 +93,7 @@ def queue_up(house: Listener, number: int) -> Waiting:
 async def test_a_bug_met_by_one_newcomer_does_not_stop_the_queue() -> None:
     seen: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context))
-    house = door()
+    house = door(rate=2)
     _, first, second = (queue_up(house, number) for number in (1, 0, 2))
 
     await eventually(lambda: second.answers)
