@@ -12,7 +12,7 @@ import click
 
 from chatserver import supervisor, telemetry
 from chatserver.cli.complaints import complain
-from chatserver.cli.server import url_of
+from chatserver.cli.server import authority, url_of
 from chatserver.core.handshake import LOOPBACK_NAMES
 from chatserver.settings import Settings, command, load, unknown_variables, variable
 from chatserver.supervisor import Address
@@ -115,8 +115,7 @@ def page_of(settings: Settings, port: int) -> str | None:
 
 def control_url_of(settings: Settings) -> str:
     scheme = "https" if settings.control_tls else "http"
-    host = settings.control_host if settings.control_host not in ("0.0.0.0", "::") else "127.0.0.1"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.control_port}"
+    return f"{scheme}://{authority(settings.control_host, settings.control_port)}"
 
 
 @click.command(hidden=True)

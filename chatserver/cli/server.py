@@ -23,11 +23,17 @@ T = TypeVar("T")
 STORE_TRIES = 3
 
 
+def authority(host: str, port: int) -> str:
+    """Where this machine reaches what listens there, as a URL has it."""
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def url_of(settings: Settings, port: int) -> str:
     """Where a client on this machine connects."""
-    host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     scheme = "wss" if settings.tls_certfile else "ws"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1/ws"
+    return f"{scheme}://{authority(settings.host, port)}/v1/ws"
 
 
 def keyring_of(settings: Settings) -> Keyring:

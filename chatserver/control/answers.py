@@ -47,10 +47,10 @@ def answer(
 def fault(
     status: int, message: str | None = None, path: str | None = None, **headers: str
 ) -> Response:
-    fault = {"code": _CODES.get(status, "invalid"), "message": message or _MESSAGES[status]}
+    told = {"code": _CODES.get(status, "invalid"), "message": message or _MESSAGES[status]}
     if path is not None:
-        fault["path"] = path
-    return answer(status, {"error": fault}, {k.replace("_", "-"): v for k, v in headers.items()})
+        told["path"] = path
+    return answer(status, {"error": told}, {k.replace("_", "-"): v for k, v in headers.items()})
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -162,12 +162,9 @@ def judge(request: Request, policy: Policy) -> Judgement:
         return Health(ready=path == "/readyz")
     if not _secure(request, policy):
         return Refused(errors.HTTPS_REQUIRED)
-    origins = request.all("origin")
-    if len(origins) > 1:
-        return Refused(errors.BAD_REQUEST)
-    origin = origins[0] if origins else None
-    if origin is not None and not _allowed(origin, policy):
-        return Refused(errors.ORIGIN_DENIED)
+    origin = _origin(request, policy)
+    if isinstance(origin, Refused):
+        return origin
     allowed = _METHODS[path]
     if request.method == "OPTIONS" and origin is not None:
         return Preflight(origin, allowed)
@@ -180,6 +177,16 @@ def judge(request: Request, policy: Policy) -> Judgement:
     return _deposit(TokenRoute(path), request, policy, origin)
 
 
+def _origin(request: Request, policy: Policy) -> str | Refused | None:
+    """The page that asks, if one does and may."""
+    origins = request.all("origin")
+    if len(origins) > 1:
+        return Refused(errors.BAD_REQUEST)
+    if origins and not _allowed(origins[0], policy):
+        return Refused(errors.ORIGIN_DENIED)
+    return origins[0] if origins else None
+
+
 def _at_the_page(
     request: Request, path: str, query: str, policy: Policy
 ) -> Asset | Login | Refused:
@@ -189,12 +196,9 @@ def _at_the_page(
     # Who wants to upgrade is no browser that looks for a page, but lost.
     if not offered or request.all("upgrade") or not _at_home(request, policy):
         return Refused(errors.NOT_FOUND)
-    origins = request.all("origin")
-    if len(origins) > 1:
-        return Refused(errors.BAD_REQUEST)
-    origin = origins[0] if origins else None
-    if origin is not None and not _allowed(origin, policy):
-        return Refused(errors.ORIGIN_DENIED)
+    origin = _origin(request, policy)
+    if isinstance(origin, Refused):
+        return origin
     allowed = "GET" if asset else "POST"
     if request.method != allowed:
         return Refused(errors.METHOD_NOT_ALLOWED, origin, allowed)
