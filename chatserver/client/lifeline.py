@@ -155,6 +155,7 @@ class Lifeline(ABC):
                 # What comes while it is being closed from here would begin what nobody ends.
                 if self._connection is connection:
                     self._receive(connection, frame)
+                del frame  # It would be kept until the next one comes.
                 if count % TURN == 0:
                     await asyncio.sleep(0)
         except FrameError as exc:
