@@ -30,6 +30,7 @@ from chatserver.net.compression import SharedFrames
 from chatserver.net.connection import Connection, Phase, text_frame
 from chatserver.net.members import UNISON_LEAST, UNISON_MOST, Member, Standing, Unison
 from chatserver.net.recent import Memory, Recent
+from chatserver.store import deadline
 from chatserver.store.link import Subscription
 from chatserver.store.log import RoomLog, channel, parse_live, room_of
 
@@ -225,7 +226,7 @@ class Fanout:
             read()
         else:
             room.waiting.append(read)
-            asyncio.get_running_loop().call_later(CONFIRM_SECONDS, give_up)
+            deadline.call_later(CONFIRM_SECONDS, give_up)
 
     def abandon(self, name: str) -> None:
         """A join that will not be admitted."""

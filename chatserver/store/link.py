@@ -26,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import resources
-from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from redis.asyncio.connection import AbstractConnection
@@ -36,6 +35,7 @@ from chatserver import telemetry
 from chatserver.core.errors import StoreRefused, StoreUnavailable
 from chatserver.metrics import OTHER, SUBSCRIPTION, measured
 from chatserver.settings import store_place
+from chatserver.store.deadline import Deadline
 from chatserver.store.topology import (
     CONNECT_SECONDS,
     Address,
@@ -55,8 +55,6 @@ from chatserver.store.topology import (
 ROUND_TRIP_SECONDS = CONNECT_SECONDS
 """A pipeline's deadline. A second one may have to fail before a waiting command is answered,
 and protocol.md promises ``unavailable`` within a second."""
-STILL_SECONDS = 0.05
-"""A loop that comes so late to that deadline stood still, and did not give the store its time."""
 REPLICA_MILLISECONDS = 250
 """How long replicas may take to confirm; within the round trip."""
 LANE_COMMANDS = 20_000
@@ -126,33 +124,6 @@ class Redirected(StoreRefused):
     def found_by(self, asked: Address) -> Address:
         """Whose address it is, said by that one."""
         return Address(self.address.host or asked.host, self.address.port)
-
-
-class _RoundTrip:
-    """A deadline for the store, as ``asyncio.timeout``, and not for this process: a loop that stood
-    still has as much time again. The answer may be there, yet to be read."""
-
-    __slots__ = ("_look", "_timeout")
-
-    async def __aenter__(self) -> None:
-        self._timeout = asyncio.timeout(None)
-        await self._timeout.__aenter__()
-        loop = asyncio.get_running_loop()
-        due = loop.time() + ROUND_TRIP_SECONDS
-        self._look = loop.call_at(due, self._fall_due, due)
-
-    def _fall_due(self, due: float) -> None:
-        now = asyncio.get_running_loop().time()
-        self._timeout.reschedule(now + (ROUND_TRIP_SECONDS if now > due + STILL_SECONDS else 0.0))
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._look.cancel()
-        await self._timeout.__aexit__(kind, error, trace)
 
 
 def _as_it_is(reply: Reply) -> Any:
@@ -258,7 +229,7 @@ class Lane:
         began = time.monotonic()
         answered = 0
         try:
-            async with _RoundTrip():
+            async with Deadline(ROUND_TRIP_SECONDS):
                 if hung_up(self._connection):
                     await _connect(self._place, self._connection)
                 commands = [request.command for request in batch]
@@ -317,7 +288,7 @@ class Lane:
         first = True
         while True:
             try:
-                async with _RoundTrip():
+                async with Deadline(ROUND_TRIP_SECONDS):
                     await _connect(self._place, self._connection)
             except (RedisError, OSError, TimeoutError) as error:
                 measured.store_failures[self._name] += 1
@@ -439,7 +410,7 @@ class Subscription:
 
     async def _listen(self) -> None:
         self._connected = False
-        async with _RoundTrip():
+        async with Deadline(ROUND_TRIP_SECONDS):
             await self._place.connect(self._connection)
         self._connected, self._unheard = True, 0
         self._unconfirmed.clear()
@@ -485,7 +456,7 @@ class Subscription:
 
     async def _send(self, *commands: Sequence[str]) -> None:
         if commands:
-            async with _RoundTrip():
+            async with Deadline(ROUND_TRIP_SECONDS):
                 await send(self._connection, commands)
 
     async def _read(self) -> None:

@@ -30,6 +30,7 @@ from redis.exceptions import ConnectionError as NoConnection
 
 from chatserver import telemetry
 from chatserver.settings import StorePlace
+from chatserver.store.deadline import Deadline
 
 CONNECT_SECONDS = 0.4
 SENTINEL_SECONDS = 0.15
@@ -151,7 +152,7 @@ class Sentinel:
         answers: list[tuple[int, Address]] = []
         reason = "they do not answer"
         try:
-            async with asyncio.timeout(SENTINEL_SECONDS):
+            async with Deadline(SENTINEL_SECONDS):
                 for answer in asyncio.as_completed(asked):
                     try:
                         answers.append(await answer)
@@ -257,7 +258,7 @@ class Cluster:
         nodes = [*random.sample(known := self.primaries(), len(known)), *self._seeds]
         for address in dict.fromkeys(nodes):
             try:
-                async with asyncio.timeout(CONNECT_SECONDS):
+                async with Deadline(CONNECT_SECONDS):
                     (ranges,) = await ask(self._pool, address, [("CLUSTER", "SLOTS")])
                 owners = _owners(ranges, address)
             except (RedisError, OSError, TimeoutError):
@@ -327,8 +328,9 @@ def pool(url: str) -> ConnectionPool:
         url,
         protocol=2,
         retry=Retry(NoBackoff(), 0),
-        socket_timeout=None,  # deadlines are for a whole pipeline
-        socket_connect_timeout=CONNECT_SECONDS,
+        # Deadlines are for all that one attempt does, and do not count what this process slept.
+        socket_timeout=None,
+        socket_connect_timeout=None,
         health_check_interval=0,
     )
 
