@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import deadlines
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
 from tests.support.worker import Worker
@@ -31,6 +32,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ours")
+deadlines.lengthen()
 
 
 def pytest_configure() -> None:
@@ -43,10 +45,19 @@ def pytest_configure() -> None:
             signal.signal(number, lambda *_: None)
 
 
+def _memory() -> str | None:
+    """Where files are kept in memory, if there is room for them."""
+    place = "/dev/shm"
+    if not os.access(place, os.W_OK) or shutil.disk_usage(place).free < 2**30:
+        return None
+    return place
+
+
 @pytest.fixture(scope="session")
 def _short_directory() -> Iterator[Path]:
-    # pytest's own temporary directories are too deep for the path of a Unix socket.
-    directory = Path(tempfile.mkdtemp(prefix="cs"))
+    # pytest's own temporary directories are too deep for the path of a Unix socket, and a disk that
+    # is busy holds up a store that writes to it.
+    directory = Path(tempfile.mkdtemp(prefix="cs", dir=_memory()))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
 
@@ -80,6 +91,12 @@ def own_valkey(_short_directory: Path) -> Iterator[Valkey]:
     store = _started(_short_directory / unique("v"))
     yield store
     store.stop()
+
+
+@pytest.fixture
+def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store has to answer within the real deadlines: this process, and workers it starts."""
+    deadlines.restore(monkeypatch)
 
 
 @pytest.fixture(scope="session")

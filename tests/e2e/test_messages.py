@@ -720,6 +720,7 @@ async def test_a_direct_room_is_open_to_its_two_users_only(worker: Worker, issue
 # --- the store is away ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_with_the_store_frozen_a_send_is_unavailable_soon_and_never_acked(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str, room: str
 ) -> None:

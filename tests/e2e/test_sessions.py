@@ -332,6 +332,7 @@ async def test_pages_of_other_origins_get_nothing_done(
     assert (await login.state(pair.session))["ended"] == ""
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_a_store_that_is_away_is_no_reason_to_log_in_again(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer
 ) -> None:
@@ -532,6 +533,7 @@ async def test_logout_is_allowed_when_the_token_has_expired(
     pytest.fail("no logout came in time")
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_logout_that_the_store_has_not_taken_says_so(
     start_worker: StartWorker, own_valkey: Valkey, issuer: Issuer, user: str
 ) -> None:

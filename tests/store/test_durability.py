@@ -70,6 +70,7 @@ async def test_what_is_acked_is_on_the_replica(rooms: Rooms, pair: Pair, room: s
         assert (published.offset, length) == (place, b":%d" % place)
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_what_no_replica_confirms_is_unavailable_though_it_may_be_stored(
     rooms: Rooms, pair: Pair, room: str
 ) -> None:
@@ -90,6 +91,7 @@ async def test_what_no_replica_confirms_is_unavailable_though_it_may_be_stored(
     assert pair.replica.command("XLEN", f"chat:room:{{{room}}}:log") == b":2"
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_a_repeat_on_another_connection_waits_for_the_replica_too(
     rooms: Rooms, pair: Pair, room: str
 ) -> None:
@@ -105,6 +107,7 @@ async def test_a_repeat_on_another_connection_waits_for_the_replica_too(
         pair.replica.thaw()
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_where_two_may_be_promoted_both_are_waited_for(
     rooms: Rooms, pair: Pair, room: str
 ) -> None:

@@ -191,6 +191,7 @@ async def test_a_queue_of_unwanted_commands_does_not_hold_up_the_next(
     assert await lane.call(["ECHO", "x"]) == b"x"
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_a_frozen_store_is_unavailable_soon_and_the_lane_recovers(
     running: Running, own_valkey: Valkey
 ) -> None:
@@ -225,20 +226,35 @@ def test_a_process_that_stood_still_does_not_take_it_for_the_stores_silence(
         running = Running()
         lane = running.lane(own_valkey.url)
         try:
-            for answered in (0.1, 0.4):
+            for answered in (0.1, 0.8):
                 await lane.call(["PING"])
                 with monkeypatch.context() as brief:
-                    brief.setattr(link, "ROUND_TRIP_SECONDS", 0.2)
+                    brief.setattr(link, "ROUND_TRIP_SECONDS", 0.5)
                     asked = submitted(lane, "DEBUG", "SLEEP", answered)
                     while lane._queue:
                         await asyncio.sleep(0)
-                    time.sleep(0.3)  # noqa: ASYNC251  As if it was not running.
-                monkeypatch.setattr(link, "ROUND_TRIP_SECONDS", PATIENCE)
+                    time.sleep(0.6)  # noqa: ASYNC251  As if it was not running.
                 assert await asked == b"OK"
         finally:
             await end(running.tasks)
 
     run(main())
+
+
+@pytest.mark.usefixtures("prompt")
+async def test_a_process_that_stood_still_while_it_connected_does_not_call_the_store_away(
+    running: Running, valkey: Valkey
+) -> None:
+    lanes: list[Lane] = []
+    asked: list[asyncio.Future[Any]] = []
+    # Whatever a connection is made of, one of them is at it.
+    for _ in range(12):
+        lanes.append(running.lane(valkey.url))
+        asked.append(submitted(lanes[-1], "PING"))
+        await asyncio.sleep(0)
+    time.sleep(link.ROUND_TRIP_SECONDS + 0.1)  # noqa: ASYNC251
+
+    assert await asyncio.gather(*asked) == [b"PONG"] * 12
 
 
 async def test_while_the_store_is_away_commands_are_refused_at_once(
@@ -568,6 +584,7 @@ async def test_replies_that_make_no_sense_are_unavailable_and_the_lane_connects_
     assert await lane.call(["CLIENT", "ID"]) != before
 
 
+@pytest.mark.usefixtures("prompt")
 @pytest.mark.parametrize("seed", range(3))
 async def test_flipped_bits_end_no_lane_and_no_subscription(
     running: Running, valkey: Valkey, seed: int

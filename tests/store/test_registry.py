@@ -282,6 +282,7 @@ async def test_a_users_name_may_be_anything(desks: Desks) -> None:
 # --- the store is away ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_nothing_is_registered_while_the_store_is_away(desks: Desks, user: str) -> None:
     """It may have happened all the same, so it is taken back."""
     desk = await desks.open()
@@ -305,6 +306,7 @@ async def gone(desk: Desk, user: str) -> bool:
                 await asyncio.sleep(0.01)
 
 
+@pytest.mark.usefixtures("prompt")
 @pytest.mark.parametrize("how", ["frozen", "killed"])
 async def test_a_removal_is_repeated_until_the_store_has_taken_it(
     desks: Desks, user: str, how: str, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,6 @@ import pytest
 from chatserver.core.errors import StoreRefused, StoreUnavailable
 from chatserver.core.session import Kind
 from chatserver.settings import store_place
-from chatserver.store import topology
 from chatserver.store.link import Lane, Store
 from chatserver.store.revocations import living_leases, revoke
 from chatserver.store.topology import Address, Sentinel
@@ -235,13 +234,6 @@ async def witnesses() -> AsyncIterator[list[Witness]]:
         await witness.stop()
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Witnesses are in this process: when it is held up, they are no later than who asks them."""
-    monkeypatch.setattr(topology, "SENTINEL_SECONDS", 5.0)
-    monkeypatch.setattr(topology, "CONNECT_SECONDS", 5.0)
-
-
 async def found_by(*witnesses: Witness, login: str = "") -> int:
     place = Sentinel(store_place(url_of(*witnesses, login=login)))
     assert await place.find() == place.primary
@@ -249,7 +241,6 @@ async def found_by(*witnesses: Witness, login: str = "") -> int:
     return place.primary.port
 
 
-@pytest.mark.usefixtures("patient")
 async def test_the_newest_configuration_of_a_majority_counts(witnesses: list[Witness]) -> None:
     """One that was cut off with the old primary goes on to praise it."""
     for witness in witnesses[1:]:
@@ -261,7 +252,6 @@ async def test_the_newest_configuration_of_a_majority_counts(witnesses: list[Wit
     assert set(found) == {7001}
 
 
-@pytest.mark.usefixtures("patient")
 async def test_a_majority_need_not_be_waited_for_longer_than_the_deadline(
     witnesses: list[Witness],
 ) -> None:
@@ -270,6 +260,7 @@ async def test_a_majority_need_not_be_waited_for_longer_than_the_deadline(
     assert await found_by(*witnesses) == 7000
 
 
+@pytest.mark.usefixtures("prompt")
 async def test_when_no_sentinel_answers_the_store_is_unavailable(witnesses: list[Witness]) -> None:
     store = Store(url_of(*witnesses))
     for witness in witnesses:
@@ -285,7 +276,6 @@ async def test_when_no_sentinel_answers_the_store_is_unavailable(witnesses: list
     assert took < 3.0
 
 
-@pytest.mark.usefixtures("patient")
 async def test_sentinels_that_want_a_login_get_that_of_the_store(witnesses: list[Witness]) -> None:
     for witness in witnesses:
         witness.password = "tomato"

@@ -166,9 +166,11 @@ def _serve(door: int, readiness: int) -> int:
     """The child: what the supervisor does for a worker, and no more."""
     from chatserver import app, settings, telemetry
     from chatserver.net import superseding
+    from tests.support import deadlines
 
     # What another worker answers is worth waiting for: it may not have been on a processor yet.
     superseding.ANSWER_SECONDS = 3.0
+    deadlines.lengthen()
     configured = settings.load(env_file=None)
     telemetry.configure(configured.log_level)
     sock = socket.socket(fileno=door)
