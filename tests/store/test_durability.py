@@ -15,6 +15,7 @@ from chatserver.core.effects import Published
 from chatserver.core.errors import StoreUnavailable
 from chatserver.metrics import OTHER
 from chatserver.settings import Settings
+from chatserver.store import link
 from chatserver.store.link import Lane, Store
 from chatserver.store.log import RoomLog
 from tests.store.test_log import HISTORY, Rooms
@@ -22,6 +23,9 @@ from tests.support.failover import free_ports
 from tests.support.tokens import unique
 from tests.support.valkey import Valkey
 from tests.support.worker import PATIENCE
+
+SOON = 100
+"""Milliseconds for a replica that confirms nothing."""
 
 
 class Pair(NamedTuple):
@@ -70,12 +74,12 @@ async def test_what_is_acked_is_on_the_replica(rooms: Rooms, pair: Pair, room: s
         assert (published.offset, length) == (place, b":%d" % place)
 
 
-@pytest.mark.usefixtures("prompt")
 async def test_what_no_replica_confirms_is_unavailable_though_it_may_be_stored(
-    rooms: Rooms, pair: Pair, room: str
+    rooms: Rooms, pair: Pair, room: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await rooms.publish(room)
     pair.replica.freeze()
+    monkeypatch.setattr(link, "REPLICA_MILLISECONDS", SOON)
     outcome = await rooms.submit(room, key="k")
     assert isinstance(outcome, StoreUnavailable)
     # Nor is it acked as a duplicate before a replica has it.
@@ -91,13 +95,13 @@ async def test_what_no_replica_confirms_is_unavailable_though_it_may_be_stored(
     assert pair.replica.command("XLEN", f"chat:room:{{{room}}}:log") == b":2"
 
 
-@pytest.mark.usefixtures("prompt")
 async def test_a_repeat_on_another_connection_waits_for_the_replica_too(
-    rooms: Rooms, pair: Pair, room: str
+    rooms: Rooms, pair: Pair, room: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A WAIT behind nothing written is content at once, and the original may be lost yet."""
     await rooms.publish(room)
     pair.replica.freeze()
+    monkeypatch.setattr(link, "REPLICA_MILLISECONDS", SOON)
     assert isinstance(await rooms.submit(room, key="k"), StoreUnavailable)
     other = Rooms(pair.primary.url, replicas=1)
     try:
@@ -107,9 +111,8 @@ async def test_a_repeat_on_another_connection_waits_for_the_replica_too(
         pair.replica.thaw()
 
 
-@pytest.mark.usefixtures("prompt")
 async def test_where_two_may_be_promoted_both_are_waited_for(
-    rooms: Rooms, pair: Pair, room: str
+    rooms: Rooms, pair: Pair, room: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one has that was not promoted is gone with its ack."""
     directory = pair.replica.directory.parent / "o"
@@ -123,7 +126,9 @@ async def test_where_two_may_be_promoted_both_are_waited_for(
             while isinstance(await both.submit("elsewhere"), StoreUnavailable):
                 await asyncio.sleep(0.01)
         pair.replica.command("REPLICAOF", "NO", "ONE")
-        outcome = await both.submit(room)
+        with monkeypatch.context() as brief:
+            brief.setattr(link, "REPLICA_MILLISECONDS", SOON)
+            outcome = await both.submit(room)
         of_one = await rooms.submit(room)
     finally:
         await both.close()
