@@ -20,6 +20,8 @@ CAPPED = {"9.3.1", "9.3.2", "9.4.1", "9.4.2"}
 """Messages in more fragments than are taken."""
 LIBRARYS = {"7.1.5"}
 """websockets' own: a close frame amid a fragmented message."""
+TIMED = {"6.4.1", "6.4.2", "6.4.3", "6.4.4"}
+"""Judged by what came within a second or two: run again where the machine was busy just then."""
 FINE = {"OK", "NON-STRICT", "INFORMATIONAL"}
 SECONDS = 240
 
@@ -51,7 +53,11 @@ def run(echo: str, directory: Path, *selection: str) -> tuple[int, set[str], str
 
 
 def test_of_autobahns_cases_only_the_named_ones_are_not_fine(echo: str, tmp_path: Path) -> None:
-    cases, failed, said = run(echo, tmp_path, "-x", "12.*", "-x", "13.*")
+    cases, failed, said = run(echo, tmp_path / "all", "-x", "12.*", "-x", "13.*")
+    late = failed & TIMED
+    if late:
+        _, failed_again, said = run(echo, tmp_path / "again", *(w for c in late for w in ("-i", c)))
+        failed = failed - late | failed_again
 
     assert cases == CASES
     assert failed == CAPPED | LIBRARYS, said

@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -35,8 +36,8 @@ KILLS = int(os.environ.get("FAULTS_KILLS", "3"))
 """Twenty by hand."""
 ANSWER_SECONDS = 1.0
 """A send is answered within this, whatever the store does."""
-LATE_SECONDS = 1.5
-"""For a machine with other things to do."""
+LATE_SECONDS = 3.0
+"""The latest, for a machine with other things to do."""
 LAST_SECONDS = 5.0
 """A third of the round of comparisons; it takes a tenth of a second on a free machine."""
 DICE = random.Random(7)
@@ -131,6 +132,7 @@ async def test_a_frozen_store_is_unavailable_within_a_second_and_nobody_reconnec
 
     refused = [(code, seconds) for code, seconds in answers if code is not None]
     assert {code for code, _ in refused} == {"unavailable"}
+    assert statistics.median_low(seconds for _, seconds in refused) < ANSWER_SECONDS
     assert max(seconds for _, seconds in answers) < LATE_SECONDS
     assert len(refused) >= 2
     assert closes(stage) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -39,8 +40,10 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-LATE_SECONDS = 1.5
-"""A send is answered within a second, on a machine with nothing else to do."""
+ANSWER_SECONDS = 1.0
+"""A send is answered within this, whatever the store does."""
+LATE_SECONDS = 3.0
+"""The latest, for a machine with other things to do."""
 TURNED_AWAY = "handshake 503 unavailable"
 NOWHERE = Proxy(("127.0.0.1", 9))
 
@@ -159,6 +162,7 @@ async def test_workers_cut_off_from_the_store_say_so_and_catch_up_on_the_same_so
     await conclude(stage, stage.valkey, publishing)
     await others.stop()
 
+    assert statistics.median_low(refused) < ANSWER_SECONDS
     assert max(refused) < LATE_SECONDS
     assert [r.code for r in stage.history if isinstance(r, Closed) and r.code != 1000] == []
 
