@@ -442,7 +442,7 @@ class Client:
         self._frames.put_nowait(json.dumps({"type": type, "id": id, **fields}))
         return id
 
-    async def ask(self, type: str, **fields: Any) -> Frame:
+    async def ask(self, type: str, within: float = GIVE_UP_SECONDS, **fields: Any) -> Frame:
         """A command's ack or error. Raises TimeoutError when none comes, or nobody is there."""
         if self._socket is None:
             raise TimeoutError
@@ -453,12 +453,12 @@ class Client:
                 answer.set_result(frame)
 
         self._command(type, answered, **fields)
-        async with asyncio.timeout(PING_SECONDS):
+        async with asyncio.timeout(within):
             return await answer
 
     async def end_of(self, room: str) -> Position | None:
         with contextlib.suppress(TimeoutError):
-            told = await self.ask("history", room=room, limit=1)
+            told = await self.ask("history", PING_SECONDS, room=room, limit=1)
             if told["type"] == "ack":
                 return Position(told["epoch"], told["offset"])
         return None

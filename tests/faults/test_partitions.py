@@ -116,6 +116,7 @@ async def stage(house: tuple[Theatre, Network]) -> AsyncIterator[Theatre]:
     history = History()
     fleet = Fleet(history, house[0].fleet.issuer, house[0].fleet.urls)
     yield house[0]._replace(fleet=fleet, history=history)
+    house[1].heal()
     await fleet.stop()
 
 

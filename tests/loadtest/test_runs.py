@@ -225,7 +225,7 @@ def test_a_rate_above_the_servers_is_named_and_costs_no_message(
 def test_a_handshake_limit_is_waited_out_and_named(
     start_worker: StartWorker, tmp_path: Path
 ) -> None:
-    worker = start_worker(handshake_rate=4)
+    worker = start_worker(handshake_rate=3)
     words = ["connect", "--url", worker.url, "--clients", "200", "--ramp", "400"]
     words += ["--duration", "0.1"]
     outcome = Command(tmp_path, *words, CHATSERVER_SECRET=worker.issuer.secret).outcome()
