@@ -103,6 +103,7 @@ async def test_who_reads_further_up_is_not_moved_by_what_is_new(
 ) -> None:
     await publish(worker, issuer, room, *({"text": f"message {n}"} for n in range(60)))
     alice = await (await open_window()).enter("alice", room)
+    await expect(alice.lines.last).to_have_text("message 59")
     await alice.page.get_by_text("message 40", exact=True).evaluate("e => e.scrollIntoView()")
     before = await alice.page.get_by_text("message 40", exact=True).bounding_box()
     await publish(worker, issuer, room, {"text": "new"})
