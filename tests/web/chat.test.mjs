@@ -377,6 +377,21 @@ test("a browser's events wake the client, until it is closed", async () => {
   }
 });
 
+test("a connection that does not answer when it is woken is left, and one that does is kept", async () => {
+  const { net, client, socket } = await inRoom();
+  client.wake();
+  socket.ack(await socket.expect("ping"), { ts: 1 });
+  await new Promise((resolve) => setTimeout(resolve, 3_100));
+  assert.equal(net.sockets.length, 1);
+  client.wake();
+  await socket.expect("ping");
+  const next = await net.arrival(1);
+  next.welcome();
+  const join = await next.admit(0, { recovered: true });
+  assert.deepEqual(join.since, { epoch: "e", offset: 0 });
+  assert.deepEqual(client.state.name, "open");
+});
+
 // Rooms.
 
 test("a full queue lets events go, and they are asked for once it is empty", async () => {
