@@ -135,8 +135,8 @@ def test_the_committed_picture_is_well_formed() -> None:
 
 def test_a_server_whose_core_others_had_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "WARM_SOCKETS", 10)
-    shares = servers.Usage.shares
-    monkeypatch.setattr(servers.Usage, "shares", lambda usage: shares(usage) | {"disturbed": 0.42})
+    shares = {"server": 0.5, "client": 0.2, "store": 0.1, "disturbed": 0.42}
+    monkeypatch.setattr(servers.Usage, "shares", lambda usage: shares)
 
     result = memory.run(0.1, 50)
 
