@@ -8,7 +8,6 @@ import os
 import signal
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from cryptography.x509.oid import NameOID
 from websockets.exceptions import ConnectionClosed
 
 from tests.conftest import AMPLE
+from tests.support import served
 from tests.support.client import Client, Raw, http, request, upgrade_headers
 from tests.support.stopwatch import Stopwatch
 from tests.support.tokens import Issuer, unique
@@ -53,7 +53,7 @@ class Host:
         }
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "chatserver", "serve"],
+                [*served.COMMAND, "serve"],
                 env=others | {f"CHATSERVER_{k.upper()}": str(v) for k, v in mine.items()},
                 stdout=output,
                 stderr=output,
