@@ -87,6 +87,10 @@ class KeyCluster:
         slot = slot_of(key)
         return next(n for n, (first, last) in enumerate(SHARES) if first <= slot <= last)
 
+    def keys_beside(self, key: str) -> int:
+        """How many its slot has."""
+        return int(self.ask(self.node_of(key), "CLUSTER", "COUNTKEYSINSLOT", slot_of(key)))
+
     def begin_to_move(self, slot: int, source: int, target: int) -> None:
         self.tell(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.name(source))
         self.tell(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", self.name(target))
