@@ -19,7 +19,7 @@ from ipaddress import (
     ip_network,
 )
 from typing import NamedTuple
-from urllib.parse import parse_qs, parse_qsl, urlsplit
+from urllib.parse import parse_qs, parse_qsl
 
 from chatserver.core import errors
 from chatserver.core.errors import Refusal
@@ -30,6 +30,7 @@ _TOKEN_NAMES = {"token", "access_token", "refresh_token", "bearer", "authorizati
 _LOOKS_LIKE_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*|rt1\.[\w-]+\.")
 _HOST = re.compile(r"[A-Za-z0-9._~-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+_LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
 Network = IPv4Network | IPv6Network
 
@@ -220,7 +221,7 @@ def _at_home(request: Request, policy: Policy) -> bool:
     if peer is None or not peer.is_loopback or _trusted(request.peer, policy):
         return False
     hosts = request.all("host")
-    own = [f"{scheme}://{host}" for host in hosts for scheme in ("http", "https")]
+    own = [f"{scheme}://{host.lower()}" for host in hosts for scheme in ("http", "https")]
     return len(hosts) == 1 and any(_allowed(origin, policy) for origin in own)
 
 
@@ -316,9 +317,4 @@ def _parse_address(text: str) -> IPv4Address | IPv6Address | None:
 def _allowed(origin: str, policy: Policy) -> bool:
     if policy.origins is not None:
         return origin in policy.origins
-    try:
-        parts = urlsplit(origin)
-        exact = f"{parts.scheme}://{parts.netloc}" == origin and "@" not in parts.netloc
-        return exact and parts.scheme in ("http", "https") and parts.hostname in LOOPBACK_NAMES
-    except ValueError:
-        return False
+    return _LOOPBACK_ORIGIN.fullmatch(origin) is not None

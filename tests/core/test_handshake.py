@@ -438,6 +438,10 @@ def test_without_a_list_pages_of_this_machine_are_allowed(origin: str) -> None:
         "http://[::1",
         "http://[::2]",
         "http://0.0.0.0",
+        "http://[::1]evil.example",
+        "http://[::1].evil.example:80",
+        "http://localhost:",
+        "http://127.0.0.1:80:80",
     ],
 )
 def test_without_a_list_any_other_page_is_denied(origin: str) -> None:
