@@ -19,7 +19,7 @@ from ipaddress import (
     ip_network,
 )
 from typing import NamedTuple
-from urllib.parse import parse_qs, parse_qsl
+from urllib.parse import parse_qs, parse_qsl, unquote
 
 from chatserver.core import errors
 from chatserver.core.errors import Refusal
@@ -269,7 +269,7 @@ def _holds_token(query: str) -> bool:
     if not query:
         return False
     names = {name.lower().replace("-", "_") for name, _ in parse_qsl(query, keep_blank_values=True)}
-    return bool(names & _TOKEN_NAMES) or bool(_LOOKS_LIKE_TOKEN.search(query))
+    return bool(names & _TOKEN_NAMES) or bool(_LOOKS_LIKE_TOKEN.search(unquote(query)))
 
 
 def client_address(request: Request, policy: Policy) -> str:

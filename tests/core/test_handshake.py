@@ -198,6 +198,8 @@ def test_two_credentials_are_ambiguous(headers: Headers) -> None:
         f"x={TOKEN}",
         f"x=1;y={TOKEN}",
         f"x={TOKEN.rpartition('.')[0]}.",
+        f"x={TOKEN.replace('.', '%2E')}",
+        f"x=%65{TOKEN[1:]}",
     ],
 )
 @pytest.mark.parametrize("headers", [[], [BEARER]])
