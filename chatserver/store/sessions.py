@@ -175,6 +175,8 @@ class Sessions:
         family, now = await self.find(session)
         if family is None or now >= family.expires_at * 1000:
             return None
+        if family.begun_at <= await self._cutoff(family.user):
+            return None
         if roles is not None:
             family = family._replace(roles=tuple(roles))
         if rooms is not None or without_rooms:

@@ -367,6 +367,17 @@ async def test_nobody_is_entitled_in_a_session_that_is_not(shared: Office) -> No
     assert await shared.sessions.entitle(unique("s"), roles=["admin"]) is None
 
 
+async def test_nobody_is_entitled_in_a_session_that_ended_with_its_users_others(
+    shared: Office, user: str
+) -> None:
+    before = await shared.begin(user)
+    await shared.revoke(Kind.USER, user)
+    after = await shared.begin(user)
+
+    assert await shared.sessions.entitle(before.session, roles=["admin"]) is None
+    assert await shared.sessions.entitle(after.session, roles=["admin"]) is not None
+
+
 async def test_rights_that_no_token_can_say_change_nothing(shared: Office) -> None:
     pair = await shared.begin()
     with pytest.raises(ValueError, match="roles"):
