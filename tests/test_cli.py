@@ -739,6 +739,30 @@ def test_check_without_a_store_is_69(run: Run) -> None:
     assert "tomato" not in result.output
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:1/0?password=tomato&colour=red",
+        "redis://127.0.0.1:1/0?ssl_password=tomato",
+        "redis://127.0.0.1:1/0?protocol=tomato",
+        "rediss://127.0.0.1:1/0?ssl_cert_reqs=tomato",
+        "unix:///nowhere?db=tomato",
+        "redis+sentinel://127.0.0.1:1/main?colour=tomato",
+        "redis+cluster://127.0.0.1:1/?colour=tomato",
+    ],
+)
+@pytest.mark.parametrize("words", [["check"], ["revoke", "--user", "alice"]])
+def test_a_store_url_with_options_that_are_none_is_78_and_not_repeated(
+    run: Run, words: list[str], url: str
+) -> None:
+    result = run(*words, redis_url=url)
+
+    assert result.exit_code == 78
+    assert result.stderr.startswith("chatserver: CHATSERVER_REDIS_URL: among its options, ")
+    assert result.stderr.count("\n") == 1
+    assert "tomato" not in result.output
+
+
 def test_check_knows_that_serve_starts_the_private_store(run: Run) -> None:
     result = run("check")
 

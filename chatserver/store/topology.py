@@ -29,7 +29,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as NoConnection
 
 from chatserver import telemetry
-from chatserver.settings import StorePlace
+from chatserver.settings import ConfigurationError, StorePlace
 from chatserver.store.deadline import Deadline
 
 CONNECT_SECONDS = 0.4
@@ -323,16 +323,29 @@ def _owners(ranges: Iterable[Any], asked: Address) -> list[Address | None]:
 
 
 def pool(url: str) -> ConnectionPool:
-    """What makes connections as we want them: failing at once, retried by nobody but us."""
-    return ConnectionPool.from_url(
-        url,
-        protocol=2,
-        retry=Retry(NoBackoff(), 0),
-        # Deadlines are for all that one attempt does, and do not count what this process slept.
-        socket_timeout=None,
-        socket_connect_timeout=None,
-        health_check_interval=0,
-    )
+    """What makes connections as we want them: failing at once, retried by nobody but us.
+
+    Raises ConfigurationError, which quotes nothing, when the URL's options are no good.
+    """
+    try:
+        made = ConnectionPool.from_url(
+            url,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            # Deadlines are for all that one attempt does, and do not count what this process slept.
+            socket_timeout=None,
+            socket_connect_timeout=None,
+            health_check_interval=0,
+        )
+        _made(made)  # an option's name, and some values, are looked at only then
+    except (TypeError, ValueError, RedisError):
+        raise ConfigurationError(
+            [
+                "CHATSERVER_REDIS_URL: among its options, after the ?, is one that does not exist, "
+                "or that cannot have this value."
+            ]
+        ) from None
+    return made
 
 
 def _without_and_with_login(connections: ConnectionPool) -> list[ConnectionPool]:
