@@ -163,6 +163,13 @@ def _host_and_port(text: str, default: int) -> tuple[str, int]:
     return match[1].strip("[]"), port
 
 
+def without_secrets(url: str) -> str:
+    """A store's URL for a person: neither its login nor its options, which may hold one, too."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def _store_url(secret: SecretStr) -> SecretStr:
     store_place(secret.get_secret_value())
     return secret

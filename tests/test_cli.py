@@ -589,11 +589,27 @@ def test_revoke_says_what_it_revoked(
     assert valkey.command("EXISTS", f"chat:{{auth}}:revoked:{kind}:{user}") == b":1"
 
 
-def test_revoke_without_a_store_is_69_and_hides_its_password(run: Run) -> None:
-    result = run("revoke", "--user", "alice", redis_url=NOWHERE)
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        (NOWHERE, "redis://127.0.0.1:1/0"),
+        ("redis://alice:to@tomato@127.0.0.1:1/0", "redis://127.0.0.1:1/0"),
+        ("redis://alice:'tomato@127.0.0.1:1/0", "redis://127.0.0.1:1/0"),
+        ('redis://alice:"tomato@127.0.0.1:1/0', "redis://127.0.0.1:1/0"),
+        ("redis://alice:a tomato@127.0.0.1:1/0", "redis://127.0.0.1:1/0"),
+        ("redis://alice:<tomato>@127.0.0.1:1/0", "redis://127.0.0.1:1/0"),
+        ("redis://127.0.0.1:1/0?password=a,tomato", "redis://127.0.0.1:1/0"),
+        ("redis://127.0.0.1:1?password='tomato", "redis://127.0.0.1:1"),
+        ("redis://127.0.0.1:1/0?p%61ssword=tomato", "redis://127.0.0.1:1/0"),
+        ("unix:///nowhere?password=a,tomato", "unix:///nowhere"),
+        ("redis+sentinel://a:'tomato@127.0.0.1:1/main", "redis+sentinel://127.0.0.1:1/main"),
+    ],
+)
+def test_revoke_without_a_store_is_69_and_hides_its_password(run: Run, url: str, told: str) -> None:
+    result = run("revoke", "--user", "alice", redis_url=url)
 
     assert (result.exit_code, result.stdout) == (69, "")
-    assert "127.0.0.1:1/0 cannot be reached" in result.stderr
+    assert f"The store at {told} cannot be reached" in result.stderr
     assert "tomato" not in result.stderr
 
 

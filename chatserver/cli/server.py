@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from chatserver import supervisor
 from chatserver.core.errors import StoreRefused, StoreUnavailable
-from chatserver.settings import ConfigurationError, Settings, development_secret
+from chatserver.settings import ConfigurationError, Settings, development_secret, without_secrets
 from chatserver.store.embedded import socket_url
 from chatserver.store.keyring import Keyring
 
@@ -98,6 +98,6 @@ def _explained(settings: Settings, error: StoreUnavailable) -> str:
         return f"The store refuses: {str(error).rstrip('.')}."
     if settings.redis_url is None:
         return f"The private store in {settings.data_dir} is not running: start the server first."
-    url = settings.redis_url.get_secret_value()
+    url = without_secrets(settings.redis_url.get_secret_value())
     why = str(error).rstrip(".")
     return f"The store at {url} cannot be reached: {why}. Is CHATSERVER_REDIS_URL right?"
