@@ -363,6 +363,19 @@ def test_a_body_without_a_length_is_bounded(server: Server) -> None:
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize("length", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_come_is_not_waited_for(server: Server, length: str) -> None:
+    head = f"POST /v1/tokens HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n{length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.control_port), PATIENCE) as link:
+        link.sendall(head.encode())
+        answer = http.client.HTTPResponse(link, method="POST")
+        answer.begin()
+        told = json.loads(answer.read())
+        end = link.recv(1)
+
+    assert (answer.status, told["error"]["code"], end) == (408, "timeout", b"")
+
+
 def test_under_the_servers_certificate_when_it_is_not_only_for_this_machine(
     valkey: Valkey, issuer: Issuer, tmp_path: Path
 ) -> None:

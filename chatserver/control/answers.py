@@ -16,6 +16,7 @@ _CODES = {
     401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
+    408: "timeout",
     413: "too_large",
     500: "internal",
     503: "unavailable",
@@ -25,6 +26,7 @@ _MESSAGES = {
     401: "Send the key of the control API: Authorization: Bearer <key>.",
     404: "There is no such thing.",
     405: "This path has no such method.",
+    408: "The request's body did not come in time.",
     413: "The request is too large.",
     500: "The server failed to carry this out.",
     503: "The store did not answer: it may or may not have happened, and can be repeated.",
@@ -55,7 +57,7 @@ def fault(
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI page: how a route can fail."""
-    return faults(*statuses, 401, 413, 503)
+    return faults(*statuses, 401, 408, 413, 503)
 
 
 def faults(*statuses: int) -> dict[int | str, dict[str, Any]]:

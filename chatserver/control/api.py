@@ -280,7 +280,7 @@ def _add_metrics(api: FastAPI, reports: pathlib.Path | None, workers: int) -> No
     @api.get(
         "/metrics",
         response_class=Response,
-        responses=faults(401, 413) | {200: {"content": {"text/plain": {}, OPENMETRICS: {}}}},
+        responses=faults(401, 408, 413) | {200: {"content": {"text/plain": {}, OPENMETRICS: {}}}},
     )
     def metrics(request: Request) -> Response:
         """What the workers of this host have counted, for Prometheus: docs/metrics.md."""
@@ -304,13 +304,15 @@ def _add_health(api: FastAPI, control: Control) -> None:
         "/healthz",
         response_model=Health,
         response_model_exclude_none=True,
-        responses=faults(413),
+        responses=faults(408, 413),
     )
     async def healthz() -> Response:
         """This process answers."""
         return answer(200, {"status": "ok"})
 
-    @api.get("/readyz", response_model=Health, responses=faults(413) | {503: {"model": Health}})
+    @api.get(
+        "/readyz", response_model=Health, responses=faults(408, 413) | {503: {"model": Health}}
+    )
     async def readyz() -> Response:
         """The store answers, too."""
         try:
