@@ -48,8 +48,9 @@ from chatserver.store.registry import Full
 SILENT_SOCKETS = 2000
 """Accepted sockets that have not asked for anything yet.
 
-Beyond it the one that was silent longest goes: who has something to ask does so at once, so that
-somebody who opens sockets and says nothing takes them from nobody but themselves.
+Beyond it, or when there are no sockets left, the one that was silent longest goes: who has
+something to ask does so at once, so that somebody who opens sockets and says nothing takes them
+from nobody but themselves.
 """
 BURST_SECONDS = 5.0
 """An address may use so many seconds of its rate at once: an office behind one address."""
@@ -211,12 +212,9 @@ class Listener:
     def connected(self, connection: Connection) -> None:
         self._open += 1
         self._pending[connection] = time.monotonic() + self._deadline
-        if self._open > self._sockets:
-            # The store's connections need descriptors, too; a polite answer would hold this one.
-            connection.abort()
-            return
         self._silent[connection] = None
-        if len(self._silent) > SILENT_SOCKETS:
+        # The store's connections need descriptors, too; a polite answer would hold this one.
+        if self._open > self._sockets or len(self._silent) > SILENT_SOCKETS:
             longest, _ = self._silent.popitem(last=False)
             self._count(errors.HANDSHAKES_IN_FLIGHT)
             longest.abort()

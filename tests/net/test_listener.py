@@ -68,7 +68,7 @@ class Waiting:
         self.answers.append(response)
 
 
-def door(*, rate: float = 100, hub: Hub | None = None) -> Listener:
+def door(*, rate: float = 100, hub: Hub | None = None, sockets: int = 100) -> Listener:
     return Listener(
         Hub() if hub is None else hub,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def door(*, rate: float = 100, hub: Hub | None = None) -> Listener:
         admission_rate=rate,
         handshake_seconds=5,
         connections=10,
-        sockets=100,
+        sockets=sockets,
     )
 
 
@@ -155,3 +155,27 @@ async def test_of_too_many_who_say_nothing_the_one_silent_longest_goes(
     assert first.aborted
     assert [each.aborted for each in (asking, answered, second, newcomer)] == [False] * 4
     assert house.refused == {"overloaded": 1}
+
+
+async def test_when_the_sockets_run_out_it_is_those_who_say_nothing_that_go() -> None:
+    house = door(sockets=3)
+    asking, first, second, newcomer, last = everybody = [Waiting() for _ in range(5)]
+    house.connected(asking)  # type: ignore[arg-type]
+    house.requested(asking, Request("/healthz", Headers(Host="here")))  # type: ignore[arg-type]
+    for waiting in (first, second, newcomer):
+        house.connected(waiting)  # type: ignore[arg-type]
+    house.requested(newcomer, Request("/healthz", Headers(Host="here")))  # type: ignore[arg-type]
+    house.lost(first)  # type: ignore[arg-type]
+    house.connected(last)  # type: ignore[arg-type]
+
+    assert [each.aborted for each in everybody] == [False, True, True, False, False]
+
+
+async def test_when_the_sockets_run_out_and_everybody_has_asked_the_newcomer_goes() -> None:
+    house = door(sockets=1)
+    asking, newcomer = Waiting(), Waiting()
+    house.connected(asking)  # type: ignore[arg-type]
+    house.requested(asking, Request("/healthz", Headers(Host="here")))  # type: ignore[arg-type]
+    house.connected(newcomer)  # type: ignore[arg-type]
+
+    assert (asking.aborted, newcomer.aborted) == (False, True)
