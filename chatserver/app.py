@@ -22,6 +22,7 @@ from pathlib import Path
 import uvloop
 
 from chatserver import telemetry
+from chatserver.core.errors import StoreUnavailable
 from chatserver.core.flow import Limits
 from chatserver.core.handshake import Policy
 from chatserver.metrics import measured
@@ -161,6 +162,7 @@ class Worker:
         if not await self._current():
             log.error("the store cannot be reached")
             return EXIT_STORE
+        await self._look_at_the_store()
         self._spare_collections()
         await self._listener.start(sock, tls_of(self._settings))
         self._write_report()
@@ -196,6 +198,21 @@ class Worker:
                 return False
             await asyncio.sleep(0.01)
         return True
+
+    async def _look_at_the_store(self) -> None:
+        """Say before it happens that what is relied on may be forgotten. ``check`` says more."""
+        assert self._settings.redis_url is not None
+        try:
+            async with store_at(self._settings.redis_url.get_secret_value()) as store:
+                found = await store.describe()
+        except StoreUnavailable:
+            return  # It answered a moment ago: every other worker that starts looks, too.
+        if found["policy"] != "noeviction":
+            log.error(
+                "the store may forget revocations and messages",
+                maxmemory_policy=found["policy"],
+                needed="noeviction",
+            )
 
     def _spare_collections(self) -> None:
         """Keep idle sockets out of the garbage collector's way.

@@ -188,6 +188,7 @@ async def test_one_scrape_has_the_sums_of_all_workers(
         "read",
         "sessions",
         "poll",
+        "other",
     }
     assert scrape.by("lane", "store_commands_total")["publish"] == 13
     assert scrape.by("kind", "revocations_total") == {"session": 2}  # On either worker.

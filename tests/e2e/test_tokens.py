@@ -523,3 +523,19 @@ async def test_what_was_revoked_stays_revoked_when_the_store_is_emptied(
         assert time.monotonic() < deadline
     second = start_worker(own_valkey)
     await refused_as_revoked(second, token)
+
+
+FORGETFUL = "the store may forget revocations and messages"
+
+
+async def test_a_store_that_may_forget_what_was_revoked_is_told_of_at_the_start(
+    start_worker: StartWorker, own_valkey: Valkey
+) -> None:
+    content = start_worker(own_valkey)
+    own_valkey.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    worker = start_worker(own_valkey)
+    worker.expected_errors.add(FORGETFUL)
+
+    assert content.log_lines(FORGETFUL) == 0
+    assert worker.log_lines(FORGETFUL) == 1
+    assert '"maxmemory_policy": "allkeys-lru"' in worker.log()
