@@ -376,6 +376,18 @@ def test_a_body_that_does_not_come_is_not_waited_for(server: Server, length: str
     assert (answer.status, told["error"]["code"], end) == (408, "timeout", b"")
 
 
+def test_peers_that_talk_nonsense_are_not_worth_a_line(server: Server) -> None:
+    server.ask("GET", "/healthz")
+    before = len(server.log().splitlines())
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.control_port), PATIENCE) as link:
+            link.sendall(b"nonsense\r\n\r\n")
+            answer = link.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+
+    assert len(server.log().splitlines()) < before + 10
+
+
 def test_under_the_servers_certificate_when_it_is_not_only_for_this_machine(
     valkey: Valkey, issuer: Issuer, tmp_path: Path
 ) -> None:

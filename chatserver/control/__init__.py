@@ -75,6 +75,7 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_config=None,
+                log_level="error",  # It has a warning for every peer that talks nonsense.
                 access_log=False,
                 server_header=False,
                 date_header=False,
