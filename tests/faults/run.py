@@ -261,8 +261,12 @@ def read_logs(valkey: Valkey, fleet: Fleet) -> None:
     rooms = sorted({room for client in fleet.clients.values() for room in client.rooms})
     at = now()
     with redis.Redis(unix_socket_path=str(valkey.socket)) as store:
+        history = store.info("replication")["master_replid"].encode()
         for room in rooms:
-            epoch = store.hget(f"chat:room:{{{room}}}:meta", "epoch")
+            epoch, began = store.hmget(f"chat:room:{{{room}}}:meta", "epoch", "history")
+            if began != history:
+                # As of a failover a moment ago: who comes next is told of another epoch.
+                epoch = b"not begun"
             for place, fields in store.xrange(f"chat:room:{{{room}}}:log"):
                 fleet.add(
                     Logged(
