@@ -395,12 +395,12 @@ class Connection(asyncio.BufferedProtocol):
     def _receive_fragment(self, frame: Frame) -> None:
         assert self._fragments is not None  # websockets has refused a stray one
         self._fragments.append(bytes(frame.data))
-        if frame.fin:
-            message, self._fragments = b"".join(self._fragments), None
-            self._deliver(self._text, message)
-        elif len(self._fragments) > MAX_FRAGMENTS:
+        if len(self._fragments) > MAX_FRAGMENTS:
             self._websocket.fail(errors.MESSAGE_TOO_BIG.code, "too many fragments")
             self._end()
+        elif frame.fin:
+            message, self._fragments = b"".join(self._fragments), None
+            self._deliver(self._text, message)
 
     def _deliver(self, text: bool, message: bytes) -> None:
         if text:

@@ -16,6 +16,7 @@ TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
 CLOSE, PING, PONG = Opcode.CLOSE, Opcode.PING, Opcode.PONG
 COMMAND = b'{"type":"ping","id":1}'
 LIMIT = 65536
+MAX_FRAGMENTS = 4096
 
 BROKEN: dict[str, tuple[bytes, int]] = {
     "unmasked": (b"\x81\x02hi", 1002),
@@ -49,6 +50,12 @@ BROKEN: dict[str, tuple[bytes, int]] = {
     "2^32 claimed": (b"\x81\xff" + (2**32).to_bytes(8) + b"\0\0\0\0", 1009),
     "too many fragments": (
         masked(TEXT, b"{", fin=False) + masked(CONT, b"", fin=False) * 4200,
+        1009,
+    ),
+    "a fragment too many, the last": (
+        masked(TEXT, COMMAND, fin=False)
+        + masked(CONT, b"", fin=False) * (MAX_FRAGMENTS - 1)
+        + masked(CONT, b""),
         1009,
     ),
     "binary": (masked(BINARY, COMMAND), 4500),
@@ -185,6 +192,20 @@ async def test_fragments_make_one_command_with_pings_in_between(
     assert [payload for opcode, payload in frames if opcode == PONG] == [b"p"] * (len(COMMAND) - 5)
     [ack] = [json.loads(payload) for opcode, payload in frames if opcode == TEXT]
     assert ack["id"] == 1
+
+
+async def test_a_message_in_just_as_many_fragments_as_are_taken_passes(
+    worker: Worker, issuer: Issuer, user: str
+) -> None:
+    async with await Raw.upgraded(worker.url, issuer.token(user)) as raw:
+        raw.write(
+            masked(TEXT, COMMAND, fin=False)
+            + masked(CONT, b"", fin=False) * (MAX_FRAGMENTS - 2)
+            + masked(CONT, b"")
+        )
+        ack = await raw.json()
+
+    assert (ack["type"], ack["id"]) == ("ack", 1)
 
 
 async def test_a_frame_of_just_the_limit_passes(
