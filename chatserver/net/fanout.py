@@ -193,11 +193,14 @@ class Fanout:
         name: str,
         since: Since | None,
         last: int,
+        replay: int,
         done: Callable[[Reading | StoreUnavailable], None],
     ) -> None:
         """Subscribe, wait until that is confirmed, then read: the seam loses and doubles nothing.
 
-        The room is kept until ``admit`` or ``abandon`` follows, once for each ``join``.
+        What is read begins where the member will: after ``since``, or with the latest ``last``
+        events where that cannot be or more than ``replay`` follow it. The room is kept until
+        ``admit`` or ``abandon`` follows, once for each ``join``.
         """
         room = self._enter(name)
         if room.interest == 0:
@@ -215,7 +218,7 @@ class Fanout:
 
         def read() -> None:
             epoch, after = (since.epoch, since.offset) if since else ("", None)
-            self._log.read(name, opened, epoch=epoch, after=after, backwards=last)
+            self._log.read(name, opened, epoch=epoch, after=after, backwards=last, replay=replay)
 
         def give_up() -> None:
             if read in room.waiting:

@@ -461,7 +461,7 @@ class Hub:
                 failed = isinstance(reading, StoreUnavailable) or not self.fresh()
                 self._answer_later(connection, effect.ref, _UNAVAILABLE if failed else reading)  # type: ignore[arg-type]
 
-        self.fanout.join(effect.room, effect.since, effect.last, opened)
+        self.fanout.join(effect.room, effect.since, effect.last, self._limits.replay, opened)
 
     def _close_opening(self, connection: Connection, room: str) -> bool:
         if connection.openings is None or room not in connection.openings:

@@ -134,11 +134,14 @@ class RoomLog:
         backwards: int = READ_EVENTS,
         size: int = READ_BYTES,
         nearest: bool = False,
+        replay: int | None = None,
     ) -> None:
         """Read on after ``after`` if its ``epoch`` and the log allow it, else the latest events.
 
         ``nearest``: where the log has no such place but the epoch is known, read on from the
-        nearest: its oldest event, or the last that the epoch shares with it.
+        nearest: its oldest event, or the last that the epoch shares with it. ``replay``: this
+        opens one, of at most so many events from ``after``. Where there are more it is of the
+        latest, and begins with this reading: what does not fit is the last of them.
         """
         asked: tuple[Argument, ...] = (
             EMPTY_ROOM_SECONDS,
@@ -150,6 +153,7 @@ class RoomLog:
             backwards,
             size,
             int(nearest),
+            "" if replay is None else replay,
         )
         # Not one that is under way: what has happened since must be in it.
         waiting = self._queued.get((room, *asked))

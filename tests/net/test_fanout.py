@@ -91,11 +91,13 @@ class Log:
         shared = self.top if epoch in ("", self.epoch) else self.past.get(epoch, -1)
         if after is not None and shared >= 0 and asked.get("nearest"):
             after = max(min(after, shared), first - 1)
-        if after is not None and first - 1 <= after <= shared:
+        replay = asked.get("replay") or self.top
+        if after is not None and first - 1 <= after <= shared and self.top - after <= replay:
             events = [e for e in self.events if e.offset > after][: asked.get("onwards", 8)]
         else:
-            count = min(asked.get("backwards", 8), 8)
-            events = self.events[-count:] if count else []
+            count = asked.get("backwards", 8)
+            latest = self.events[-count:] if count else []
+            events = latest[:8] if asked.get("replay") else latest[-8:]
         now = [event._replace(epoch=self.epoch) for event in events]
         return Reading(self.epoch, self.top, first, shared, now)
 
@@ -155,7 +157,7 @@ class House:
             start = max(reading.top - last, reading.first - 1) if since is None else since.offset
             self.fanout.admit(connection, ROOM, start, reading)
 
-        self.fanout.join(ROOM, since, last, opened)
+        self.fanout.join(ROOM, since, last, 1000, opened)
 
     def confirm(self) -> None:
         self.fanout.confirm(channel(ROOM))
@@ -235,7 +237,7 @@ async def test_a_subscription_that_is_never_confirmed_fails_the_join(
     monkeypatch.setattr("chatserver.net.fanout.CONFIRM_SECONDS", 0.0)
     house = House()
     failed: list[object] = []
-    house.fanout.join(ROOM, None, 0, failed.append)
+    house.fanout.join(ROOM, None, 0, 1000, failed.append)
     while not failed:
         await asyncio.sleep(0)
 
@@ -410,7 +412,7 @@ async def test_every_room_is_looked_at_within_a_round(monkeypatch: pytest.Monkey
     asked: list[tuple[str, Answer]] = []
     monkeypatch.setattr(house.log, "read", lambda room, done, **_: asked.append((room, done)))
     for number in range(95):
-        house.fanout.join(f"room-{number}", None, 0, lambda reading: None)
+        house.fanout.join(f"room-{number}", None, 0, 1000, lambda reading: None)
         house.fanout.confirm(channel(f"room-{number}"))
     for _, done in asked:
         done(Reading("e1", 0, 1, 0, []))
@@ -490,6 +492,23 @@ async def test_one_whose_place_is_no_longer_in_the_log_is_sent_away() -> None:
     house.log.answer_all()
 
     assert house.disconnected == [(slow, SLOW_CONSUMER)]
+
+
+async def test_what_the_log_drops_behind_a_replay_does_not_end_it() -> None:
+    house = House()
+    for _ in range(20):
+        house.log.append()
+    joiner = house.connection()
+    house.join(joiner, last=20)
+    house.confirm()
+    while house.log.asked:
+        asked, done = house.log.asked.pop(0)
+        done(house.log.take(asked))
+        house.log.events = house.log.events[5:]
+    await settle()
+
+    assert offsets(joiner) == list(range(1, 21))
+    assert house.disconnected == []
 
 
 async def test_a_reply_and_an_event_of_one_tick_are_one_write() -> None:
@@ -635,7 +654,7 @@ async def test_a_huge_room_that_is_never_silent_gives_the_others_their_turn(
         found = [house.connection(f"{room}{i}") for i in range(many)]
         for each in found:
             admit = partial(house.fanout.admit, each, room, 0)
-            house.fanout.join(room, None, 0, admit)
+            house.fanout.join(room, None, 0, 1000, admit)
         house.fanout.confirm(channel(room))
         return found
 

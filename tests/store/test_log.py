@@ -464,6 +464,20 @@ async def test_a_read_stops_at_its_bytes_but_one_event_always_fits(rooms: Rooms,
     assert offsets(await rooms.read(room, size=1)) == [10]
 
 
+async def test_a_replay_begins_with_the_reading_that_opens_it(rooms: Rooms, room: str) -> None:
+    await rooms.fill(room, HISTORY + 10, size=1000)
+
+    assert offsets(await rooms.read(room, backwards=5, size=2500, replay=9)) == [46, 47]
+    assert offsets(await rooms.read(room, backwards=99, size=2500, replay=9)) == [11, 12]
+    assert offsets(await rooms.read(room, backwards=0, replay=9)) == []
+    just_reaches = await rooms.read(room, after=41, backwards=3, size=2500, replay=9)
+    too_far = await rooms.read(room, after=40, backwards=30, size=2500, replay=9)
+    beyond = await rooms.read(room, after=99, backwards=3, replay=9)
+    assert offsets(just_reaches) == [42, 43]
+    assert offsets(too_far) == [21, 22]
+    assert offsets(beyond) == [48, 49, 50]
+
+
 # --- a store whose history forks -----------------------------------------------------------
 
 

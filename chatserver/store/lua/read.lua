@@ -10,6 +10,9 @@
 --       7 at most so many events onwards, 8 at most so many backwards, 9 at most so many bytes
 --       10 "1": where "after" cannot be continued, but its epoch is known, read onwards from the
 --          nearest place that the log has
+--       11 at most so many events are replayed from "after", or "" where this opens no replay. One
+--          that does begins with this reading: of the latest events it has the beginning, not the
+--          end, where they are too many bytes
 -- Onwards when "after" can be continued without a hole, else backwards.
 -- reply {epoch, top, first retained (top + 1 when empty), the last offset that the epoch asked for
 --        shares with this log (-1 for an unknown epoch), offset, event, origin or "", offset,
@@ -32,14 +35,17 @@ else
   end
 end
 
-local after, before = tonumber(ARGV[5]), tonumber(ARGV[6])
+local after, before, replay = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[11])
 local onwards = after and shared >= 0
 if onwards and ARGV[10] == '1' then
   after = math.max(math.min(after, shared), first - 1)
 elseif onwards then
-  onwards = after >= first - 1 and after <= shared
+  onwards = after >= first - 1 and after <= shared and not (replay and top - after > replay)
 end
 local wanted = tonumber(onwards and ARGV[7] or ARGV[8])
+if replay and not onwards then
+  onwards, after = true, math.max(top - wanted, first - 1)
+end
 if before == 0 then
   wanted = 0 -- before the first place; (0-0 would be no valid id
 end
