@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,9 @@ class Member:
                     await self._follow(client)
                 except ConnectionClosed as closed:
                     self.ends.append(1006 if closed.rcvd is None else closed.rcvd.code)
+                with suppress(ConnectionClosed):
+                    while True:
+                        await client.receive()  # The bye is unread if it was the join that failed.
                 byes = [frame for frame in client.seen if frame["type"] == "bye"]
                 self.afters += [bye["after"] for bye in byes]
             await asyncio.sleep(self.afters[-1] / 1000 if byes else 0)
