@@ -184,6 +184,7 @@ class Logged(_Record):
 
     room: str
     epoch: str
+    """Empty: the log has not gone on yet since the store's history may have forked."""
     offset: int
     key: str
 

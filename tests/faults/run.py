@@ -266,7 +266,7 @@ def read_logs(valkey: Valkey, fleet: Fleet) -> None:
             epoch, began = store.hmget(f"chat:room:{{{room}}}:meta", "epoch", "history")
             if began != history:
                 # As of a failover a moment ago: who comes next is told of another epoch.
-                epoch = b"not begun"
+                epoch = b""
             for place, fields in store.xrange(f"chat:room:{{{room}}}:log"):
                 fleet.add(
                     Logged(

@@ -154,9 +154,18 @@ class Room:
     def __init__(self) -> None:
         self.acked: dict[int, list[Sent]] = defaultdict(list)
         self.logged: list[Logged] = []
-        self.final: Final | None = None
+        self.told: Final | None = None
         self.links: dict[tuple[str, str], int] = {}
         """Two epochs and the greatest offset up to which they are known to be the same log."""
+
+    @property
+    def final(self) -> Final | None:
+        """The end of the log, as it was told in the quiet. Where another store took the place of
+        the one that told it, and the log has gone on there, as that one has it."""
+        last = self.logged[-1] if self.logged else None
+        if self.told is None or last is None or last.epoch in ("", self.told.epoch):
+            return self.told
+        return Final(at=last.at, room=last.room, epoch=last.epoch, offset=last.offset)
 
     def link(self, one: str, other: str, offset: int) -> None:
         pair = (min(one, other), max(one, other))
@@ -237,7 +246,7 @@ class Story:
             case Left():
                 self._trail(record).leave()
             case Final():
-                self.rooms[record.room].final = record
+                self.rooms[record.room].told = record
             case Logged():
                 self.rooms[record.room].logged.append(record)
             case Hole():

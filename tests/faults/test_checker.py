@@ -715,6 +715,35 @@ def test_everything_excusable_is_excused() -> None:
     assert check(a_run(storm)) == []
 
 
+def test_the_end_of_a_log_that_another_stores_took_the_place_of_is_not_owed() -> None:
+    """It was told by the old one, in the moment before."""
+    records = a_run()
+    amend(records, where(records, Final)[0], epoch="of before", offset=99)
+
+    assert check(records) == []
+
+
+def test_what_members_lack_of_a_log_is_missed_whoever_told_its_end() -> None:
+    records = a_run()
+    amend(records, where(records, Final)[0], epoch="of before", offset=99)
+    for member in ("m0", "m1", "m2"):
+        del records[received(records, 20, member)]
+
+    assert Invariant.NO_LOSS in found(records)
+    assert Invariant.LIVENESS in found(records)
+
+
+def test_a_log_that_has_not_gone_on_yet_owes_nothing_of_before() -> None:
+    """A replica that was promoted a moment ago: who comes next is told."""
+    records = a_run()
+    for place in where(records, Logged):
+        amend(records, place, epoch="")
+    for place in reversed(where(records, Logged)[15:]):
+        del records[place]
+
+    assert check(records) == []
+
+
 def test_a_member_that_was_revoked_for_good_is_not_waited_for() -> None:
     records = a_run(lambda chat: chat.revoke(chat.members[1]))
     [closed] = where(records, Closed, member="m1", code=4503)
