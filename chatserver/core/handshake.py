@@ -29,6 +29,8 @@ _BEARER = "bearer."
 _TOKEN_NAMES = {"token", "access_token", "refresh_token", "bearer", "authorization", "auth", "jwt"}
 _LOOKS_LIKE_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*|rt1\.[\w-]+\.")
 _HOST = re.compile(r"[A-Za-z0-9._~-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
+_HOP = re.compile(r"^(?:\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+)$", re.ASCII)
+"""An address with the port behind it, as some proxies write it."""
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 _LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
@@ -278,9 +280,9 @@ def client_address(request: Request, policy: Policy) -> str:
     Of an IPv6 address the /64, which is what one subscriber gets.
     """
     address = request.peer
-    hops = [hop.strip() for value in request.all("x-forwarded-for") for hop in value.split(",")]
+    hops = [hop for value in request.all("x-forwarded-for") for hop in value.split(",")]
     while hops and _trusted(address, policy):
-        address = hops.pop()
+        address = _HOP.sub(r"\1\2", hops.pop().strip())
     if address is request.peer and ":" not in address:
         return address  # an IPv4 address, as the kernel writes it
     parsed = _parse_address(address)

@@ -533,6 +533,22 @@ def test_the_nearest_untrusted_hop_is_the_client() -> None:
     assert forwarded(PROXY, "1.1.1.1, 198.51.100.9 , 10.9.9.9", "10.8.8.8") == "198.51.100.9"
 
 
+@pytest.mark.parametrize(
+    ("hop", "address"),
+    [
+        ("198.51.100.9:51234", "198.51.100.9"),
+        ("[2001:db8:1:2::9]:443", "2001:db8:1:2::/64"),
+        ("[2001:db8:1:2::9]", "2001:db8:1:2::/64"),
+        ("[198.51.100.9]x:1", PROXY),
+        ("198.51.100.9:", PROXY),
+        ("x:1", PROXY),
+    ],
+)
+def test_a_hop_may_come_with_its_port(hop: str, address: str) -> None:
+    assert forwarded(PROXY, hop) == address
+    assert forwarded(PROXY, f"{hop}, 10.9.9.9:80") == address
+
+
 def test_a_proxy_that_names_nobody_is_counted_itself() -> None:
     assert forwarded(PROXY) == PROXY
     assert forwarded(PROXY, "") == PROXY
