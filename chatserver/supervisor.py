@@ -141,8 +141,10 @@ def _control_problems(settings: Settings) -> list[str]:
         f"CHATSERVER_CONTROL_KEY is not fit to guard the control API. {why}"
         for why in weaknesses(key.encode())
     ]
-    if settings.secret is not None and key == settings.secret.get_secret_value():
-        reasons.append("CHATSERVER_CONTROL_KEY is CHATSERVER_SECRET: it needs one of its own.")
+    for name in ("secret", "secret_previous"):
+        secret: SecretStr | None = getattr(settings, name)
+        if secret is not None and key == secret.get_secret_value():
+            reasons.append(f"CHATSERVER_CONTROL_KEY is {variable(name)}: it needs one of its own.")
     if settings.port and settings.port == settings.control_port and _overlap(settings):
         reasons.append("CHATSERVER_PORT and CHATSERVER_CONTROL_PORT are the same: change one.")
     return reasons

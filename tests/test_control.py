@@ -515,6 +515,7 @@ def test_without_a_key_there_is_no_control_api(
     [
         ({"CONTROL_KEY": "short"}, "CHATSERVER_CONTROL_KEY is not fit to guard"),
         ({"CONTROL_KEY": KEY, "SECRET": KEY}, "it needs one of its own"),
+        ({"CONTROL_KEY": KEY, "SECRET_PREVIOUS": KEY}, "it needs one of its own"),
         ({"CONTROL_KEY": KEY, "PORT": 18_321, "CONTROL_PORT": 18_321}, "are the same"),
         ({"CONTROL_KEY": KEY, "CONTROL_HOST": "192.0.2.1"}, "CHATSERVER_CONTROL_HOST"),
     ],
