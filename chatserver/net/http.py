@@ -28,6 +28,9 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+# RFC 6455 section 4.4: to whoever speaks another one.
+_VERSION = {"Sec-WebSocket-Version": "13"}
+
 
 def switch(key: str, subprotocol: str | None, extensions: str | None) -> bytes:
     """The 101 that ends a handshake (RFC 6455 section 4.2.2); the connection goes on after it."""
@@ -39,27 +42,28 @@ def switch(key: str, subprotocol: str | None, extensions: str | None) -> bytes:
     ).encode()
 
 
-def answer(status: int, body: dict[str, object] | None, headers: dict[str, str]) -> Response:
+def answer(status: int, body: dict[str, object], headers: dict[str, str]) -> Response:
     """A whole response; the connection ends after it."""
-    payload = b"" if body is None else orjson.dumps(body) + b"\n"
-    kind = {} if body is None else {"Content-Type": "application/json"}
-    return _response(status, payload, kind | headers)
+    payload = orjson.dumps(body) + b"\n"
+    return _response(
+        status, payload, {"Content-Type": "application/json"} | _length(payload) | headers
+    )
 
 
 def asset(name: str) -> Response:
     """A file of the page. It is read each time, so that an edit shows when the page is loaded."""
     payload = (files("chatserver") / "web" / name).read_bytes()
     kind = {"Content-Type": _MEDIA_TYPES[name.rpartition(".")[2]]}
-    return _response(200, payload, kind | _PAGE_HEADERS)
+    return _response(200, payload, kind | _length(payload) | _PAGE_HEADERS)
 
 
 def _response(status: int, payload: bytes, headers: dict[str, str]) -> Response:
-    fields = {
-        "Content-Length": str(len(payload)),
-        "Connection": "close",
-        "Cache-Control": "no-store",
-    }
+    fields = {"Connection": "close", "Cache-Control": "no-store"}
     return Response(status, http.HTTPStatus(status).phrase, Headers(fields | headers), payload)
+
+
+def _length(payload: bytes) -> dict[str, str]:
+    return {"Content-Length": str(len(payload))}
 
 
 def refuse(
@@ -79,8 +83,10 @@ def refuse(
             headers["WWW-Authenticate"] = f"Bearer{detail}"
         case 405:
             headers["Allow"] = allowed
+        case 400:
+            headers |= _VERSION
         case 426:
-            headers["Upgrade"] = "websocket"
+            headers |= {"Upgrade": "websocket"} | _VERSION
         case _:
             pass
     if retry_after is not None:
@@ -106,7 +112,7 @@ def preflight(origin: str, allowed: str) -> Response:
         "Access-Control-Allow-Headers": "Authorization",
         "Access-Control-Max-Age": "600",
     }
-    return answer(204, None, headers)
+    return _response(204, b"", headers)  # without a length: RFC 9110 section 8.6
 
 
 def health(healthy: bool, body: dict[str, object]) -> Response:

@@ -212,6 +212,7 @@ async def test_a_preflight_is_answered_for_allowed_origins(worker: Worker) -> No
 
     assert answer.status == 204
     assert answer.body == b""
+    assert answer.header("content-length") is None
     assert answer.header("access-control-allow-origin") == HERE
     assert "GET" in str(answer.header("access-control-allow-methods"))
     assert "authorization" in str(answer.header("access-control-allow-headers")).lower()
@@ -374,6 +375,7 @@ async def test_what_is_malformed_is_never_upgraded(
     assert answer.status in (0, 400), answer
     if answer.status:
         assert_refused(answer, 400, "bad_request")
+        assert what != "version 8" or answer.header("sec-websocket-version") == "13"
 
 
 async def test_a_path_with_nul_in_it_is_another_path(
