@@ -94,12 +94,19 @@ class Stage:
         if not self._peers:
             within = START
         self._ended_early()
+        assert self._process is not None
+        arrival = asyncio.create_task(self._arrivals.get())
+        end = asyncio.create_task(self._process.wait())
+        either, seconds = [arrival, end], within * self.patience
         try:
-            async with asyncio.timeout(within * self.patience):
-                return await self._arrivals.get()
-        except TimeoutError:
-            self._ended_early()
-            raise Broken(f"no connection came in {within:g} s") from None
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if arrival.done():
+                return arrival.result()
+        finally:
+            for task in either:
+                task.cancel()
+        self._ended_early()
+        raise Broken(f"no connection came in {within:g} s")
 
     async def nobody(self, seconds: float, *, after: int = 1) -> None:
         """For so long there is no handshake after the first ones."""
