@@ -1,4 +1,4 @@
-"""``chatserver`` as a program, but its workers give the store as long as tests want."""
+"""``chatserver`` as a program, but its processes give the store as long as tests want."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ COMMAND = (sys.executable, "-m", "tests.support.served")
 if __name__ == "__main__":
     deadlines.lengthen()
     supervisor.run = partial(supervisor.run, command=(*COMMAND, "worker"))
+    setattr(supervisor, "CONTROL", (*COMMAND, "control"))  # noqa: B010  It is Final.
     main(prog_name="chatserver")

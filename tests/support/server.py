@@ -8,11 +8,11 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.support import served
 from tests.support.tokens import Issuer
 from tests.support.worker import PATIENCE
 
@@ -47,7 +47,7 @@ class Server:
         } | variables
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "chatserver", "serve"],
+                [*served.COMMAND, "serve"],
                 env=others | {f"CHATSERVER_{k}": str(v) for k, v in mine.items()},
                 stdout=output,
                 stderr=output,
