@@ -19,6 +19,7 @@ from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
 from tests.support.worker import Worker
 
+ROOT = Path(__file__).parents[1]
 StartWorker = Callable[..., Worker]
 AMPLE = dict.fromkeys(("send_rate", "send_burst", "command_rate", "command_burst"), 1_000_000)
 """Rates that no test reaches by accident."""
@@ -33,6 +34,28 @@ settings.register_profile(
 )
 settings.load_profile("ours")
 deadlines.lengthen()
+
+
+LONGEST = (
+    "tests/web/test_conformance.py",
+    "tests/faults/test_random_faults.py",
+    "tests/test_supervisor.py",
+    "tests/faults/test_named_faults.py",
+    "tests/e2e/test_rolling_restart.py",
+    "tests/faults/test_partitions.py",
+    "tests/test_control.py",
+    "tests/loadtest/test_runs.py",
+    "tests/browser/test_chat.py",
+    "tests/store/test_revocations.py",
+    "tests/test_scrape.py",
+    "tests/faults/test_clients_that_people_use.py",
+)
+"""These begin first, so that none of them is waited for alone in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {ROOT / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_configure() -> None:
