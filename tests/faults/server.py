@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ DEATHS = 20
 DEATHS_SECONDS = 180.0
 """A worker that dies more often in so many seconds makes the supervisor give up, rightly."""
 
-
+PROGRAM = (sys.executable, "-m", "chatserver")
 HERE = Site()
 
 
@@ -39,11 +39,13 @@ class Server:
         redis_url: str,
         issuer: Issuer,
         site: Site = HERE,
+        program: Sequence[str] = PROGRAM,
         /,
         **settings: object,
     ) -> None:
         self.issuer = issuer
         self._site = site
+        self._program = program
         self.port = 0
         self.control_port = 0
         self.workers: dict[int, int] = {}
@@ -96,7 +98,7 @@ class Server:
         assert process.poll() is None, self.log()[-4000:]
 
     def _begin(self) -> subprocess.Popen[bytes]:
-        command = [*self._site.within, sys.executable, "-m", "chatserver", "serve"]
+        command = [*self._site.within, *self._program, "serve"]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 tethered(command, signal.SIGTERM),
