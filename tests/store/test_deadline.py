@@ -36,9 +36,16 @@ def test_what_never_comes_is_a_timeout(run: Run) -> None:
 
 def test_what_comes_in_time_is_none_and_nothing_is_left_behind(run: Run) -> None:
     async def main() -> None:
+        failures: list[dict[str, Any]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: failures.append(context))
+        over = asyncio.Event()
         async with Deadline(0.01):
             await _after_turns(3)
-        await asyncio.sleep(0.05)
+        loop.call_later(0.02, over.set)  # timers come in their order
+        await over.wait()
+
+        assert failures == []
 
     run(main())
 
