@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from chatserver.reports import MEMORY
 from tests.support import deadlines
 from tests.support.tokens import Issuer, unique
 from tests.support.valkey import Valkey
@@ -68,12 +69,11 @@ def pytest_configure() -> None:
             signal.signal(number, lambda *_: None)
 
 
-def _memory() -> str | None:
+def _memory() -> Path | None:
     """Where files are kept in memory, if there is room for them."""
-    place = "/dev/shm"
-    if not os.access(place, os.W_OK) or shutil.disk_usage(place).free < 2**30:
+    if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).free < 2**30:
         return None
-    return place
+    return MEMORY
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,10 @@ Frame = dict[str, Any]
 
 WINDOW = 8
 OUTBOX = 64
+ANSWER_SECONDS = 1.0
+"""A send is answered within this, whatever the store does: most of them,"""
+LATE_SECONDS = 3.0
+"""and each within this, on a machine with other things to do."""
 GIVE_UP_SECONDS = 8.0
 """So long a send is repeated; then its outcome stays unknown."""
 CONNECT_SECONDS = 4.0

@@ -19,7 +19,7 @@ import pytest_asyncio
 
 from tests.conftest import AMPLE
 from tests.faults.checker import Report, check
-from tests.faults.clients import Client
+from tests.faults.clients import ANSWER_SECONDS, LATE_SECONDS, Client
 from tests.faults.fleet import Fleet
 from tests.faults.history import Closed, History, Joined, Reset, Sent
 from tests.faults.nemesis import Nemesis, Theatre
@@ -34,10 +34,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "3"))
 """Twenty by hand."""
-ANSWER_SECONDS = 1.0
-"""A send is answered within this, whatever the store does."""
-LATE_SECONDS = 3.0
-"""The latest, for a machine with other things to do."""
 LAST_SECONDS = 5.0
 """A third of the round of comparisons; it takes a tenth of a second on a free machine."""
 DICE = random.Random(7)

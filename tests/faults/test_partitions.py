@@ -21,7 +21,7 @@ import pytest_asyncio
 
 from tests.conftest import AMPLE
 from tests.faults.checker import Report, check
-from tests.faults.clients import Client
+from tests.faults.clients import ANSWER_SECONDS, LATE_SECONDS, Client
 from tests.faults.fleet import Fleet
 from tests.faults.history import Closed, History, Logged, Sent
 from tests.faults.nemesis import Nemesis, Theatre
@@ -40,10 +40,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-ANSWER_SECONDS = 1.0
-"""A send is answered within this, whatever the store does."""
-LATE_SECONDS = 3.0
-"""The latest, for a machine with other things to do."""
 TURNED_AWAY = "handshake 503 unavailable"
 NOWHERE = Proxy(("127.0.0.1", 9))
 
